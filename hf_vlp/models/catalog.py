@@ -1,0 +1,173 @@
+"""The architectures of the package, as data: the README's table, the command line and the loaders all read it.
+
+`Auto*` of transformers stays the registry of networks; this table says which of *our* classes plays which role for a
+`model_type`, without importing any of them.
+"""
+
+import json
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One row of the catalogue.
+
+    Attributes:
+        model_type: as in `config.json`.
+        title: name used in the literature.
+        paper: arXiv identifier.
+        native: plain transformers loads our folders with no code of ours.
+        objectives: the papers' abbreviations, in the order of the total loss.
+        script: stage -> file of `training_scripts/`.
+        classes: role -> `"module:Class"`. Roles: `config`, `model`, `pretraining`, `retrieval`, `captioning`, `vqa`,
+            `zero_shot`, `processor`.
+        reference: system of the reference cases, None where there is none.
+    """
+
+    model_type: str
+    title: str
+    paper: str
+    native: bool
+    objectives: tuple[str, ...]
+    script: dict[str, str]
+    classes: dict[str, str] = field(default_factory=dict)
+    reference: str | None = None
+
+    def load(self, role: str) -> type:
+        """Imports the class that plays `role`.
+
+        Raises:
+            KeyError: this architecture has no such role; the message names the roles it has.
+        """
+        if role not in self.classes:
+            raise KeyError(f"{self.title} ({self.model_type!r}) has no {role!r} class; it has: {sorted(self.classes)}")
+        module, name = self.classes[role].split(":")
+        return getattr(import_module(module), name)
+
+
+_CLIP = "hf_vlp.models.clip"
+_BLIP2 = "hf_vlp.models.blip2"
+
+ARCHITECTURES: dict[str, Architecture] = {
+    a.model_type: a
+    for a in (
+        Architecture(
+            model_type="clip",
+            title="CLIP (ViT)",
+            paper="2103.00020",
+            native=True,
+            objectives=("ITC",),
+            script={"pretrain": "clip.py"},
+            classes={
+                "config": "transformers:CLIPConfig",
+                "model": f"{_CLIP}.modeling_clip:CLIPModel",
+                "retrieval": f"{_CLIP}.modeling_clip:CLIPModel",
+                "zero_shot": f"{_CLIP}.modeling_clip:CLIPModel",
+                "pretraining": f"{_CLIP}.pretraining_clip:CLIPForPreTraining",
+                "processor": f"{_CLIP}.processing_clip:CLIPProcessor",
+            },
+            reference="clip",
+        ),
+        Architecture(
+            model_type="clip_resnet",
+            title="CLIP (ResNet)",
+            paper="2103.00020",
+            native=False,
+            objectives=("ITC",),
+            script={"pretrain": "clip.py"},
+            classes={
+                "config": "hf_vlp.models.clip_resnet.configuration_clip_resnet:CLIPResNetConfig",
+                "model": "hf_vlp.models.clip_resnet.modeling_clip_resnet:CLIPResNetModel",
+                "retrieval": "hf_vlp.models.clip_resnet.modeling_clip_resnet:CLIPResNetModel",
+                "zero_shot": "hf_vlp.models.clip_resnet.modeling_clip_resnet:CLIPResNetModel",
+                "pretraining": f"{_CLIP}.pretraining_clip:CLIPForPreTraining",
+                "processor": f"{_CLIP}.processing_clip:CLIPProcessor",
+            },
+            reference="clip",
+        ),
+        Architecture(
+            model_type="eva_clip",
+            title="EVA-CLIP",
+            paper="2303.15389",
+            native=False,
+            objectives=("ITC",),
+            script={"pretrain": "clip.py"},
+            classes={
+                "config": "hf_vlp.models.eva_clip.configuration_eva_clip:EvaCLIPConfig",
+                "model": "hf_vlp.models.eva_clip.modeling_eva_clip:EvaCLIPModel",
+                "retrieval": "hf_vlp.models.eva_clip.modeling_eva_clip:EvaCLIPModel",
+                "zero_shot": "hf_vlp.models.eva_clip.modeling_eva_clip:EvaCLIPModel",
+                "pretraining": f"{_CLIP}.pretraining_clip:CLIPForPreTraining",
+                "processor": f"{_CLIP}.processing_clip:CLIPProcessor",
+            },
+        ),
+        Architecture(
+            model_type="align",
+            title="ALIGN",
+            paper="2102.05918",
+            native=True,
+            objectives=("ITC",),
+            script={"pretrain": "clip.py"},
+            classes={
+                "config": "transformers:AlignConfig",
+                "model": "hf_vlp.models.align.modeling_align:AlignModel",
+                "retrieval": "hf_vlp.models.align.modeling_align:AlignModel",
+                "zero_shot": "hf_vlp.models.align.modeling_align:AlignModel",
+                "pretraining": f"{_CLIP}.pretraining_clip:CLIPForPreTraining",
+                "processor": "transformers:AlignProcessor",
+            },
+        ),
+        Architecture(
+            model_type="blip-2",
+            title="BLIP-2",
+            paper="2301.12597",
+            native=True,
+            objectives=("ITC", "ITM", "ITG", "LM"),
+            script={"stage 1": "blip2_stage1.py", "stage 2": "blip2_stage2.py"},
+            classes={
+                "config": "transformers:Blip2Config",
+                "model": f"{_BLIP2}.modeling_blip_2:Blip2ForConditionalGeneration",
+                "captioning": f"{_BLIP2}.modeling_blip_2:Blip2ForConditionalGeneration",
+                "vqa": f"{_BLIP2}.modeling_blip_2:Blip2ForConditionalGeneration",
+                "retrieval": f"{_BLIP2}.modeling_blip_2:Blip2ForImageTextRetrieval",
+                "pretraining": f"{_BLIP2}.pretraining_blip_2:Blip2ForPreTraining",
+                "processor": f"{_BLIP2}.processing_blip_2:Blip2Processor",
+            },
+            reference="blip2",
+        ),
+    )
+}
+
+
+def architecture_of(model: str | Path | Any) -> Architecture:
+    """The catalogue row of a folder, a Hub id, a config or a model.
+
+    Args:
+        model: folder with a `config.json`, Hub id, `PreTrainedConfig`, or a model that has one.
+
+    Raises:
+        ValueError: the model type is not in the catalogue; the message lists those that are.
+    """
+    if isinstance(model, str | Path):
+        local = Path(model) / "config.json"
+        if local.is_file():
+            model_type = json.loads(local.read_text())["model_type"]
+        else:
+            from transformers import PreTrainedConfig
+
+            model_type = PreTrainedConfig.get_config_dict(str(model))[0].get("model_type")
+    else:
+        model_type = getattr(model, "config", model).model_type
+    if model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"{model!r} is of type {model_type!r}, which hf_vlp does not train; it has: {sorted(ARCHITECTURES)}"
+        )
+    return ARCHITECTURES[model_type]
+
+
+def load_class(model: str | Path | Any, role: str) -> type:
+    """Our class for `role` (`"retrieval"`, `"captioning"`, ...) of the given folder, Hub id, config or model."""
+    return architecture_of(model).load(role)
