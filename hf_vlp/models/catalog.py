@@ -171,3 +171,17 @@ def architecture_of(model: str | Path | Any) -> Architecture:
 def load_class(model: str | Path | Any, role: str) -> type:
     """Our class for `role` (`"retrieval"`, `"captioning"`, ...) of the given folder, Hub id, config or model."""
     return architecture_of(model).load(role)
+
+
+def markdown_table() -> str:
+    """The table of architectures as it stands in the README (a test compares the two)."""
+    lines = [
+        "| architecture | `model_type` | loads in plain transformers | objectives | training scripts | paper |",
+        "|---|---|---|---|---|---|",
+    ]
+    for a in ARCHITECTURES.values():
+        loads = "as it is" if a.native else "with `trust_remote_code=True`"
+        scripts = ", ".join(f"{stage}: [`{file}`](training_scripts/{file})" for stage, file in a.script.items())
+        paper = f"[arXiv {a.paper}](https://arxiv.org/abs/{a.paper})"
+        lines.append(f"| {a.title} | `{a.model_type}` | {loads} | {', '.join(a.objectives)} | {scripts} | {paper} |")
+    return "\n".join(lines)
