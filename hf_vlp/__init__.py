@@ -7,6 +7,8 @@ learn of our architectures when they are themselves first imported.
 from importlib import import_module
 from typing import Any
 
+from hf_vlp._registration import register as _register
+
 __version__ = "0.1.0"
 
 # Public name -> module that defines it.
@@ -23,3 +25,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+_register()
