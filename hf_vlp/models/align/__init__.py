@@ -1,0 +1,1 @@
+"""ALIGN: EfficientNet and BERT towers."""

@@ -1,0 +1,1 @@
+"""CLIP: ViT towers, and what the whole family shares."""

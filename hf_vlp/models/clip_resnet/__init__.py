@@ -1,0 +1,1 @@
+"""CLIP with the modified ResNet image tower."""

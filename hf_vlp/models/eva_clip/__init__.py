@@ -1,0 +1,1 @@
+"""EVA-CLIP: the image tower that BLIP-2 freezes."""
