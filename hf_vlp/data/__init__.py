@@ -1,0 +1,38 @@
+"""Image-text data: sources, records, collators, and the built-in Shapes world. Names are resolved on first use."""
+
+from importlib import import_module
+from typing import Any
+
+# Public name -> module that defines it.
+_EXPORTS = {
+    "BadRecord": "records",
+    "CaptioningCollator": "collators",
+    "CaptionScore": "shapes",
+    "ErrorRateExceeded": "records",
+    "ImageTextCollator": "collators",
+    "PairDataset": "pairs",
+    "RecordLimits": "records",
+    "RecordReport": "records",
+    "ShapesConfig": "shapes",
+    "ShapesWorld": "shapes",
+    "TrainTransform": "transforms",
+    "decode_image": "images",
+    "flatten_texts": "pairs",
+    "image_id_hash": "hashing",
+    "load_pairs": "sources",
+    "load_shapes": "shapes",
+    "parse_caption": "shapes",
+    "score_caption": "shapes",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
