@@ -23,7 +23,8 @@ class ShapesWorld:
 
     Args:
         config: what may occur in a scene.
-        split: one of `SPLITS`; splits have scenes of their own, and `"heldout"` has the combinations that no other has.
+        split: one of `SPLITS`; splits have scenes of their own, and `"heldout"` has the combinations that
+            no other has.
         seed: another seed, other scenes.
 
     Raises:
