@@ -1,0 +1,186 @@
+"""Which records make up which batch: a function of (seed, epoch, number of records) alone.
+
+The batch of a step is defined over all ranks; each rank takes a contiguous part of it, in rank order. So N ranks with
+batch `b` see, step by step, the records of one process with batch `N * b`, and a resumed run those of an unbroken one.
+Nothing here draws from the global random generators.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A 63-bit seed from whatever names a draw, e.g. `derived_seed(seed, "step", 12)`; equal on every machine."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def part_of(count: int, rank: int, world_size: int) -> slice:
+    """The rows of a batch of `count` that `rank` takes: contiguous, in rank order, sizes at most one apart."""
+    return slice(count * rank // world_size, count * (rank + 1) // world_size)
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """This rank's part of each global batch of a map-style dataset.
+
+    Args:
+        length: number of records.
+        batch_size: records a rank and step.
+        rank, world_size: of this process.
+        shuffle: draw the order anew in each epoch; else the order of the dataset.
+        seed: of the order.
+        drop_last: leave out a last batch that is smaller than the others. A last batch with fewer records than there
+            are ranks is always left out, since a rank without a record has nothing to compute.
+        dataset: told of each new epoch through its `set_epoch`, if it has one.
+
+    Raises:
+        ValueError: a number is not positive, or the records do not make up one batch.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        dataset: Any = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"the batch size must be at least 1, not {batch_size}")
+        self.length = length
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.dataset = dataset
+        self.epoch = 0
+        if len(self) == 0:
+            raise ValueError(
+                f"{length} records do not fill one batch of {self.global_batch_size} "
+                f"({batch_size} a process, {world_size} processes"
+                + (", --dataloader_drop_last" if drop_last else "")
+                + "); lower --per_device_train_batch_size or give more data"
+            )
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.batch_size * self.world_size
+
+    @property
+    def batch_sampler(self) -> "GlobalBatchSampler":
+        """Itself: `Trainer` looks for the sampler to tell of a new epoch one level below a loader's batch sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Fixes the order of the records and tells the dataset of the epoch."""
+        self.epoch = epoch
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.length, self.global_batch_size)
+        return full + int(not self.drop_last and rest >= self.world_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self._order()
+        for step in range(len(self)):
+            batch = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
+            yield batch[part_of(len(batch), self.rank, self.world_size)].tolist()
+
+    def _order(self) -> torch.Tensor:
+        if not self.shuffle:
+            return torch.arange(self.length)
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", self.epoch))
+        return torch.randperm(self.length, generator=generator)
+
+
+class GlobalStream(IterableDataset):
+    """This rank's part of each global batch of a streamed dataset, as ready-made lists of rows.
+
+    Every rank reads the whole stream and keeps its part, which costs reading (not decoding: that happens in the
+    collator) but keeps N ranks equal to one process. A last batch with fewer rows than ranks is left out.
+
+    Args:
+        dataset: iterable of rows; `set_epoch` is called on it when it has it.
+        batch_size: rows a rank and step.
+        rank, world_size: of this process.
+        drop_last: leave out a last batch that is smaller than the others.
+    """
+
+    def __init__(
+        self, dataset: Any, batch_size: int, *, rank: int = 0, world_size: int = 1, drop_last: bool = False
+    ) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.drop_last = drop_last
+        self.skip_batches = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        worker = torch.utils.data.get_worker_info()
+        workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        size = self.batch_size * self.world_size
+        batch: list[Any] = []
+        step = 0
+        for row in self.dataset:
+            batch.append(row)
+            if len(batch) == size:
+                if self._is_mine(step, workers, own):
+                    yield batch[part_of(size, self.rank, self.world_size)]
+                step += 1
+                batch = []
+        if len(batch) >= self.world_size and not self.drop_last and self._is_mine(step, workers, own):
+            yield batch[part_of(len(batch), self.rank, self.world_size)]
+
+    def _is_mine(self, step: int, workers: int, own: int) -> bool:
+        # A loader asks its workers in turn, starting with the first: batch `skip + i` must come from worker `i`.
+        return step >= self.skip_batches and (step - self.skip_batches) % workers == own
+
+
+def data_loader(
+    dataset: Dataset | IterableDataset,
+    collator: Any,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    shuffle: bool,
+    seed: int,
+    drop_last: bool,
+    **options: Any,
+) -> DataLoader:
+    """A loader of this rank's parts of the global batches; `options` go to `DataLoader`.
+
+    The loader has its own generator, so that making an iterator (which draws a seed for the workers) leaves the global
+    generators alone.
+    """
+    options["generator"] = torch.Generator().manual_seed(derived_seed(seed, "workers"))
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        stream = GlobalStream(dataset, batch_size, rank=rank, world_size=world_size, drop_last=drop_last)
+        return DataLoader(stream, batch_size=None, collate_fn=collator, **options)
+    sampler = GlobalBatchSampler(
+        len(dataset),
+        batch_size,
+        rank=rank,
+        world_size=world_size,
+        shuffle=shuffle,
+        seed=seed,
+        drop_last=drop_last,
+        dataset=dataset,
+    )
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collator, **options)

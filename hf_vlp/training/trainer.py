@@ -1,0 +1,619 @@
+"""`VLPTrainer`: `transformers.Trainer` with named loss terms, batches exact over ranks, checkpoints safe to a kill.
+
+What differs from the parent, and why:
+
+- A step's batch is defined over all ranks (`hf_vlp.training.batching`): N ranks see the records of one process.
+- The loss terms of the model's output are averaged over steps and ranks and logged under their names.
+- Checkpoints are written aside and renamed (`hf_vlp.training.checkpoints`); resuming compares the settings of the run.
+- The counts of bad records travel with the batches and are summed over ranks; a batch in which some rank has no good
+  record is skipped by all ranks together.
+- Random draws inside the objectives come from a generator seeded by (seed, step), the same on all ranks.
+"""
+
+import inspect
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import TrainOutput, speed_metrics
+
+from hf_vlp.models.pretraining import PreTrainingMixin
+from hf_vlp.objectives.distributed import exchange_integers
+from hf_vlp.training import checkpoints
+from hf_vlp.training.arguments import VLPTrainingArguments, run_settings
+from hf_vlp.training.batching import data_loader, derived_seed
+from hf_vlp.training.freezing import keep_frozen_in_eval
+from hf_vlp.training.optimization import check_master_weights, parameter_groups, parse_rates
+from hf_vlp.training.terms import TermMeter, loss_terms
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "settings.json"
+STATE_FILE = "trainer_state.json"
+RECORD_REPORT = "record_report"
+# Scalars of an output that are worth a curve although they are no losses.
+_LOGGED_SCALARS = ("logit_scale", "temperature")
+
+
+class VLPTrainer(Trainer):
+    """Trains a pretraining model of the package, or any model whose output has `loss` and `loss_<term>` entries.
+
+    Args:
+        model: the model, with its stage applied. Trainable weights must be float32.
+        args: see `VLPTrainingArguments`.
+        data_collator: makes a batch of rows; a `record_report` in the batch is taken out and summed.
+        train_dataset: map-style (`__len__`, `__getitem__`, optionally `set_epoch`) or iterable.
+        eval_dataset: as `train_dataset`, or a dict of them.
+        processing_class: processor or tokenizer, saved with the model.
+        evaluator: called with the model at each evaluation; its metrics are logged as `eval_<name>`.
+        settings: what else decides the result of the run (data and model arguments); kept in checkpoints and compared
+            on resuming.
+        callbacks: further callbacks.
+
+    Raises:
+        ValueError: trainable weights in 16 bits, a model without trainable parameters, fewer records than a batch, or
+            an argument that does not fit the model; see the messages.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: VLPTrainingArguments,
+        data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: ProcessorMixin | Any | None = None,
+        *,
+        evaluator: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        check_master_weights(model)
+        self.evaluator = evaluator
+        self.extra_settings = dict(settings or {})
+        self.terms = TermMeter()
+        self._takes_generator = "generator" in inspect.signature(model.forward).parameters
+        self._steps: list[_MicroBatch] = []
+        self._micro: _MicroBatch | None = None
+        self._resumed_from: Path | None = None
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[_StepCallback(self), *(callbacks or [])],
+        )
+        # Losses are means of the micro-batch; `compute_loss` weighs micro-batches itself.
+        self.model_accepts_loss_kwargs = False
+        parameter_groups(
+            model,
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            rates=parse_rates(args.part_learning_rates),
+        )
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Loader of this rank's parts of the global batches."""
+        if self.train_dataset is None:
+            raise ValueError("VLPTrainer needs a train_dataset to train")
+        return self._loader(self.train_dataset, self._train_batch_size, training=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Loader of this rank's parts of the global batches, in the order of the dataset."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if dataset is None:
+            raise ValueError("VLPTrainer needs an eval_dataset to evaluate")
+        return self._loader(dataset, self.args.eval_batch_size, training=False)
+
+    def _loader(self, dataset: Any, batch_size: int, *, training: bool) -> DataLoader:
+        args = self.args
+        options: dict[str, Any] = {
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory and args.device.type == "cuda",
+        }
+        if args.dataloader_num_workers:
+            options["prefetch_factor"] = args.dataloader_prefetch_factor
+            options["multiprocessing_context"] = args.dataloader_multiprocessing_context
+        return data_loader(
+            dataset,
+            self.data_collator,
+            batch_size=batch_size,
+            rank=args.process_index,
+            world_size=args.world_size,
+            shuffle=training,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            drop_last=training and args.dataloader_drop_last,
+            **options,
+        )
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, None]:
+        """The micro-batches of an optimizer step, with what all ranks have to know of them agreed upon."""
+        batches = []
+        for _ in range(num_batches):
+            try:
+                batches.append(next(epoch_iterator))
+            except StopIteration:
+                break
+        micro = [_MicroBatch.of(batch, index) for index, batch in enumerate(batches)]
+        self._agree(micro, device)
+        # A skipped batch must not be the last one: gradients are averaged over ranks in the last backward.
+        order = sorted(range(len(micro)), key=lambda index: not micro[index].skip)
+        self._steps = [micro[index] for index in order]
+        return [batches[index] for index in order], None
+
+    def _agree(self, micro: list["_MicroBatch"], device: torch.device) -> None:
+        """Which micro-batches are skipped and how each is weighed, the same on all ranks; and the records' counts."""
+        table = exchange_integers([value for batch in micro for value in (batch.usable, batch.targets)], device)
+        for index, batch in enumerate(micro):
+            batch.skip = not all(row[2 * index] for row in table)
+            batch.targets = sum(row[2 * index + 1] for row in table)
+        total = sum(batch.targets for batch in micro if not batch.skip)
+        used = sum(not batch.skip for batch in micro)
+        for batch in micro:
+            # Supervised tokens are what a language loss is a mean over; without labels, each batch counts the same.
+            share = batch.targets / total if batch.has_labels and total else 1 / max(used, 1)
+            batch.weight = share * len(micro)
+
+    # A step
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one micro-batch; nothing for one that all ranks skip."""
+        self._micro = self._steps.pop(0)
+        if self._micro.skip:
+            return torch.zeros((), device=self.args.device)
+        loss = super().training_step(model, inputs)
+        self._micro = None
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Loss of a batch; its terms go to the meter in training."""
+        if model.training:
+            keep_frozen_in_eval(self.accelerator.unwrap_model(model))
+        outputs = model(**inputs, **self._generator_argument())
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
+        if loss is None:
+            raise ValueError(
+                f"{type(self.accelerator.unwrap_model(model)).__name__} gave no loss for the inputs {sorted(inputs)}"
+            )
+        if self._micro is not None:
+            self.terms.add(logged_values(outputs))
+            if self._micro.weight != 1:
+                loss = loss * self._micro.weight
+        return (loss, outputs) if return_outputs else loss
+
+    def _generator_argument(self) -> dict[str, torch.Generator]:
+        """`generator` for models that draw inside their objective: the same on all ranks, a function of the step."""
+        if not self._takes_generator:
+            return {}
+        index = self._micro.index if self._micro is not None else "eval"
+        seed = derived_seed(self.args.seed, "objective", self.state.global_step, index)
+        return {"generator": torch.Generator(self.args.device).manual_seed(seed)}
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW or what `--optim` names, over the groups of `hf_vlp.training.optimization`."""
+        if self.optimizer is None:
+            trained = self.model if model is None else model
+            groups = parameter_groups(
+                trained,
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                rates=parse_rates(self.args.part_learning_rates),
+            )
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or (
+                {"params", "model", "optimizer_dict"} & set(options)
+            ):
+                raise ValueError(f"--optim {self.args.optim} makes its own parameter groups, which is not supported")
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """0: the parent's estimate (tokens times parameters) means nothing for images, frozen towers and skipped
+        positions."""
+        return 0
+
+    # Logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the loss terms and the rates of the parts to the training logs."""
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}; lower --learning_rate, lengthen "
+                    "--warmup_steps or use --bf16 instead of --fp16. Checkpoints of earlier steps are kept"
+                )
+            logs.update(self.terms.means(self._gather))
+            self.terms.clear()
+            if self.args.part_learning_rates:
+                for group in self.optimizer.param_groups:
+                    logs[f"learning_rate_{group['part']}"] = group["lr"]
+        super().log(logs, start_time)
+
+    def _gather(self, value: Tensor) -> Tensor:
+        return self.accelerator.gather(value)
+
+    # Evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean loss and loss terms over the evaluation set, and the metrics of `evaluator`.
+
+        A contrastive loss depends on the batch size; compare only evaluations of one size. Draws nothing from the
+        global random generators, so evaluating more or less often leaves the run as it is.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            metrics: dict[str, float] = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        start = time.time()
+        state = checkpoints.random_state()
+        model = self.model_wrapped if self.is_in_train else self.model
+        model.eval()
+        try:
+            metrics = self._evaluation_means(model, dataset, metric_key_prefix) if dataset is not None else {}
+            if self.evaluator is not None:
+                metrics |= {f"{metric_key_prefix}_{key}": value for key, value in self.evaluator(self.model).items()}
+        finally:
+            model.train()
+            checkpoints.set_random_state(state)
+        metrics |= speed_metrics(metric_key_prefix, start)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _evaluation_means(self, model: nn.Module, dataset: Any, prefix: str) -> dict[str, float]:
+        meter = TermMeter()
+        loader = self.get_eval_dataloader(dataset)
+        self.callback_handler.eval_dataloader = loader
+        for batch in loader:
+            micro = _MicroBatch.of(batch, 0)
+            rows = micro.rows
+            self._agree([micro], self.args.device)
+            if micro.skip:
+                continue
+            with self.compute_loss_context_manager():
+                loss, outputs = self.compute_loss(model, self._prepare_inputs(batch), return_outputs=True)
+            meter.add({"loss": loss.detach().float(), **loss_terms(outputs)}, weight=rows)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        return {f"{prefix}_{name}": value for name, value in meter.means(self._gather).items()}
+
+    # Checkpoints
+
+    def run_settings(self) -> dict[str, Any]:
+        """Everything that decides the weights this run ends with, as kept in its checkpoints."""
+        config = getattr(self.model, "config", None)
+        model_settings = config.to_dict() if config is not None else {}
+        for key in ("transformers_version", "_name_or_path", "architectures"):
+            model_settings.pop(key, None)
+        size = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        return checkpoints.plain(
+            {
+                "arguments": {**run_settings(self.args), "world_size": self.args.world_size},
+                "model": {"class": type(self.model).__name__, "config": model_settings},
+                "train_dataset": {"class": type(self.train_dataset).__name__, "records": size},
+                **self.extra_settings,
+            }
+        )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes a checkpoint beside its final place and renames it when every rank has written its part."""
+        run_dir = Path(self._get_output_dir(trial=trial))
+        final = run_dir / f"checkpoint-{self.state.global_step}"
+        writing = run_dir / f"{checkpoints.WRITING_PREFIX}{final.name}"
+        if self.args.should_save:
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+
+        self.store_flos()
+        self.save_model(str(writing), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(writing))
+            self._save_scaler(str(writing))
+            checkpoints.save_random_state(writing, self.args.process_index)
+            checkpoints.write_json(writing / f"progress_{self.args.process_index}.json", self._progress())
+        self.accelerator.wait_for_everyone()
+
+        if self.args.should_save:
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(final)
+            self._store_callback_states()
+            self.state.save_to_json(str(writing / STATE_FILE))
+            checkpoints.write_json(writing / SETTINGS_FILE, self.run_settings())
+            checkpoints.publish(writing, final)
+            checkpoints.rotate(run_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _store_callback_states(self) -> None:
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+
+    def _progress(self) -> dict[str, Any]:
+        """What the next log line needs from before the checkpoint."""
+        return {
+            "loss": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged,
+            "terms": self.terms.state(),
+        }
+
+    def _load_progress(self, folder: Path) -> None:
+        path = folder / f"progress_{self.args.process_index}.json"
+        if not path.is_file():
+            return
+        progress = json.loads(path.read_text())
+        self._tr_loss = torch.tensor(progress["loss"], device=self.args.device)
+        self._globalstep_last_logged = progress["last_logged"]
+        self.terms.load_state(progress["terms"], self.args.device)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Model, processor and arguments, without pickles."""
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(
+            folder, state_dict=state_dict
+        )
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        checkpoints.write_json(folder / "training_args.json", self.args.to_sanitized_dict())
+
+    def _is_plain(self) -> bool:
+        """Whether this process holds whole weights and optimizer states (one process or DDP)."""
+        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._is_plain():
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            checkpoints.save_optimizer(self.optimizer, self.model, Path(output_dir))
+            (Path(output_dir) / "scheduler.json").write_text(json.dumps(self.lr_scheduler.state_dict()))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._is_plain():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        checkpoints.load_optimizer(self.optimizer, self.model, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(json.loads((Path(checkpoint) / "scheduler.json").read_text()))
+
+    def _save_scaler(self, output_dir: str) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and self.args.should_save:
+            (Path(output_dir) / "scaler.json").write_text(json.dumps(scaler.state_dict()))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        path = Path(checkpoint or "") / "scaler.json"
+        if checkpoint is not None and path.is_file():
+            self.accelerator.scaler.load_state_dict(json.loads(path.read_text()))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoints.load_random_state(Path(checkpoint), self.args.process_index)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raises where the parent warns: a checkpoint that does not fit the model must not be trained on."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        if missing or load_result.unexpected_keys:
+            raise ValueError(
+                f"the checkpoint does not fit {type(self.model).__name__}: missing {missing[:5]}, unexpected "
+                f"{list(load_result.unexpected_keys)[:5]}"
+            )
+
+    # Resuming
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
+        """Trains, or goes on from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: folder of a checkpoint; True for the newest whole one, which must exist; False to
+                start anew; None to do what `args.resume` says.
+
+        Raises:
+            ValueError: the run's settings differ from the checkpoint's, or `resume="never"` and the folder has
+                checkpoints.
+            IncompleteCheckpointError: the named checkpoint is not whole.
+        """
+        checkpoint = self._choose_checkpoint(resume_from_checkpoint)
+        if checkpoint is not None:
+            checkpoints.verify(checkpoint)
+            self._check_settings(checkpoint)
+        self._resumed_from = checkpoint
+        # The parent would write the tokenizer's special tokens into the model's config, which both already agree on.
+        processing_class, self.processing_class = self.processing_class, None
+        try:
+            if checkpoint is not None and self._is_finished(checkpoint):
+                return self._load_finished(checkpoint)
+            self.processing_class = _Hidden(processing_class) if processing_class is not None else None
+            return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **options)
+        finally:
+            self.processing_class = processing_class
+
+    def _choose_checkpoint(self, asked: str | bool | None) -> Path | None:
+        if asked is None:
+            asked = {"auto": None, "never": False}.get(self.args.resume, self.args.resume)
+        chosen: list[Any] = [None, None]
+        if self.args.process_index == 0:
+            checkpoints.remove_leftovers(self.args.output_dir)
+            newest = checkpoints.newest_checkpoint(self.args.output_dir)
+            if isinstance(asked, str):
+                chosen[0] = asked
+            elif asked is False and newest is not None:
+                chosen[1] = (
+                    f"--output_dir {self.args.output_dir} has checkpoints of an earlier run ({newest.name}); remove "
+                    "them, name another folder, or go on with --resume auto"
+                )
+            elif asked is True and newest is None:
+                chosen[1] = f"--output_dir {self.args.output_dir} has no whole checkpoint to resume from"
+            elif asked is not False:
+                chosen[0] = str(newest) if newest else None
+        chosen = broadcast_object_list(chosen)
+        if chosen[1]:
+            raise ValueError(chosen[1])
+        return Path(chosen[0]) if chosen[0] else None
+
+    def _check_settings(self, checkpoint: Path) -> None:
+        path = checkpoint / SETTINGS_FILE
+        if not path.is_file():
+            return
+        changes = checkpoints.changed_settings(json.loads(path.read_text()), self.run_settings())
+        if not changes:
+            return
+        text = f"{checkpoint} was written with other settings:\n  " + "\n  ".join(changes)
+        if not self.args.allow_changed_settings:
+            raise ValueError(
+                f"{text}\nResume with the settings of the first run, name another --output_dir, or say "
+                "--allow_changed_settings if this is meant (the result is then no longer that of an unbroken run)"
+            )
+        logger.warning("%s", text)
+
+    def _is_finished(self, checkpoint: Path) -> bool:
+        state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return state.global_step >= max_steps
+
+    def _load_finished(self, checkpoint: Path) -> TrainOutput:
+        """The state at the end of a run that was killed after its last step: nothing is left to train."""
+        logger.warning("%s is the end of the run: nothing is left to train", checkpoint)
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        return TrainOutput(self.state.global_step, losses[-1] if losses else float("nan"), {})
+
+    # The end
+
+    def export(self, folder: str | Path | None = None) -> Path:
+        """Writes the model that the world should load, with its processor; on the main process only.
+
+        Args:
+            folder: by default `<output_dir>/model`.
+
+        Returns:
+            The folder.
+        """
+        folder = Path(folder or Path(self.args.output_dir) / "model")
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            folder.mkdir(parents=True, exist_ok=True)
+            if isinstance(model, PreTrainingMixin):
+                model.export(folder)
+            elif isinstance(model, PreTrainedModel):
+                model.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+
+class _Hidden:
+    """A processor that `Trainer.train` does not recognise as one, but that still saves itself."""
+
+    def __init__(self, processing_class: Any) -> None:
+        self._processing_class = processing_class
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self._processing_class.save_pretrained(folder)
+
+
+class _MicroBatch:
+    """What the ranks tell each other of a micro-batch.
+
+    Attributes:
+        index: place in the optimizer step.
+        usable: whether this rank has a good record in it.
+        has_labels: whether it is for a language loss over `labels`.
+        targets: supervised tokens (rows without labels) of this rank, after `_agree` of all ranks.
+        rows: good records of this rank.
+        skip: whether all ranks leave it out.
+        weight: factor of its loss, whose mean over the micro-batches of the step is 1.
+        report: the collator's report on bad records.
+    """
+
+    def __init__(self, index: int, rows: int, targets: int, has_labels: bool, report: Any) -> None:
+        self.index = index
+        self.rows = rows
+        self.targets = targets
+        self.has_labels = has_labels
+        self.report = report
+        self.usable = rows > 0
+        self.skip = False
+        self.weight = 1.0
+
+    @classmethod
+    def of(cls, batch: dict[str, Any], index: int) -> "_MicroBatch":
+        """Describes a batch and takes the report out of it."""
+        report = batch.pop(RECORD_REPORT, None)
+        tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
+        rows = len(tensors[0]) if tensors else 0
+        labels = batch.get("labels")
+        targets = int((labels != -100).sum()) if isinstance(labels, Tensor) else rows
+        return cls(index, rows, targets, isinstance(labels, Tensor), report)
+
+
+class _StepCallback(TrainerCallback):
+    """What has to happen at given moments of the parent's loop."""
+
+    def __init__(self, trainer: VLPTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        trainer.terms.clear()
+        if trainer._resumed_from is not None:
+            trainer._load_progress(trainer._resumed_from)
+        elif args.world_size > 1:
+            # Other dropout masks on each rank; a resumed run restores each rank's own state.
+            torch.manual_seed(derived_seed(args.seed, "rank", args.process_index))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        for name in ("after_step", "clamp_temperature"):
+            if hasattr(model, name):
+                getattr(model, name)()
+                break
+
+
+def logged_values(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Loss terms of an output, and the other scalars that belong in the log."""
+    scalars = {
+        name: outputs[name].detach().float()
+        for name in _LOGGED_SCALARS
+        if name in outputs and isinstance(outputs[name], Tensor) and outputs[name].numel() == 1
+    }
+    return {**loss_terms(outputs), **scalars}
+
+
+__all__ = ["VLPTrainer", "gather_object", "logged_values"]
