@@ -30,6 +30,8 @@ class EvaCLIPConfig(PreTrainedConfig):
     """
 
     model_type = "eva_clip"
+    # A saved folder carries this file, for machines without hf_vlp.
+    _auto_class = "AutoConfig"
     sub_configs_defaults = {"vision_config": Blip2VisionConfig, "text_config": CLIPTextConfig}
 
     vision_config: dict | PreTrainedConfig | None = None

@@ -4,7 +4,9 @@ The image tower is `Blip2VisionModel` of transformers, name for name, so that `m
 as it is; the text tower is `CLIPTextModel`. The class token after the final norm embeds an image.
 """
 
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +121,8 @@ class EvaCLIPModel(EvaCLIPPreTrainedModel):
     """
 
     supports_matching = False
+    # A saved folder carries this file, for machines without hf_vlp.
+    _auto_class = "AutoModel"
 
     def __init__(self, config: EvaCLIPConfig) -> None:
         super().__init__(config)
@@ -203,6 +207,13 @@ class EvaCLIPModel(EvaCLIPPreTrainedModel):
             ) / 2
         output = EvaCLIPOutput(loss, logits_per_text.T, logits_per_text, text_embeds, image_embeds)
         return output.to_tuple() if return_dict is False else output
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As in transformers; the folder also opens as a zero-shot classifier."""
+        reference = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+        auto_map = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = auto_map | {"AutoModelForZeroShotImageClassification": reference}
+        super().save_pretrained(save_directory, **kwargs)
 
 
 __all__ = ["EvaCLIPModel", "EvaCLIPPreTrainedModel"]
