@@ -1,0 +1,41 @@
+"""Evaluation on the tasks of the papers: retrieval, zero-shot classification, captioning, question answering."""
+
+from importlib import import_module
+from typing import Any
+
+_EXPORTS = {
+    "TASKS": "run",
+    "bleu": "caption_scores",
+    "caption_metrics": "caption_scores",
+    "cider": "caption_scores",
+    "cider_d": "caption_scores",
+    "evaluate_captioning": "captioning",
+    "evaluate_retrieval": "retrieval",
+    "evaluate_shapes_captions": "shapes",
+    "evaluate_vqa": "vqa",
+    "evaluate_zero_shot": "zero_shot",
+    "format_table": "results",
+    "load_metric": "metrics",
+    "load_model_and_processor": "run",
+    "normalize_answer": "vqa_scores",
+    "rouge_l": "caption_scores",
+    "run_evaluation": "run",
+    "task_options": "run",
+    "to_eval_result_entries": "results",
+    "to_eval_results": "results",
+    "tokenize_captions": "ptb_tokenizer",
+    "vqa_accuracy": "vqa_scores",
+    "write_json": "results",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
