@@ -21,6 +21,10 @@ _EXPORTS = {
     "image_id_hash": "hashing",
     "load_pairs": "sources",
     "load_shapes": "shapes",
+    "load_shapes_questions": "shapes",
+    "shapes_texts": "shapes",
+    "train_bert_tokenizer": "tokenizers",
+    "train_opt_tokenizer": "tokenizers",
     "parse_caption": "shapes",
     "score_caption": "shapes",
 }

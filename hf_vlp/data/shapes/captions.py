@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .draws import Draws
@@ -63,7 +63,8 @@ def caption(config: ShapesConfig, scene: Scene, draws: Draws) -> str:
     if "relation" in said and len(things) > 1:
         held = draws.choice(scene.relation(things[0], things[1]))
         words = held if plain else draws.choice(_RELATIONS[held])
-        names[:2] = [f"{names[0]} {words} {names[1]}"]
+        # The relation stands last: "a star and a box above a ring" leaves the ring to one of them, the box.
+        names = [*names[2:], f"{names[0]} {words} {names[1]}"]
     elif "place" in said:
         names = [f"{name} {place_phrase(scene.place(thing))}" for name, thing in zip(names, things)]
     body = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
@@ -135,14 +136,12 @@ def score_caption(text: str, scene: Scene | Mapping[str, Any] | list[Mapping[str
     return CaptionScore(tuple(correct), tuple(pair for pair, count in named.items() for _ in range(max(0, count))))
 
 
-def altered_scene(config: ShapesConfig, scene: Scene, draws: Draws, pairs: Sequence[Pair]) -> Scene:
+def altered_scene(scene: Scene, draws: Draws, pairs: Sequence[Pair]) -> Scene:
     """The scene with the colour or the shape of one object changed, so that a caption of it is false of `scene`.
 
     Args:
         pairs: combinations that the changed object may become; the ones of the scene are left out.
     """
-    from dataclasses import replace
-
     present = set(objects_of(scene))
     position = draws.below(len(scene.objects))
     thing = scene.objects[position]

@@ -7,15 +7,21 @@ from typing import Any
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from PIL.Image import Image as PilImage
 
+from ..tables import in_memory
 from .captions import altered_scene, caption
 from .drawing import draw
 from .draws import Draws
+from .questions import Question, ask
 from .scenes import SPLITS, Scene, ShapesConfig, draw_scene, objects_of
 
 DEFAULT_SIZES: dict[str, int] = {"train": 20_000, "validation": 1_000, "test": 1_000, "heldout": 1_000}
 SHARD_ROWS = 1_000
 # Purposes that draw on an index independently of each other, so that no option of one changes another.
 _LAYOUT, _CAPTIONS, _NOISE, _QUESTIONS = range(4)
+# Scenes from here on are in no dataset: borrowed for captions that do not fit, and for text without pictures.
+_UNSEEN = 1 << 47
+# Answers a question, as many as in VQA.
+ANSWERS = 10
 
 
 class ShapesWorld:
@@ -57,26 +63,54 @@ class ShapesWorld:
         return [caption(self.config, scene, draws) for _ in range(self.config.captions)]
 
     def noisy_captions(self, index: int, scene: Scene, texts: list[str]) -> tuple[list[str], list[str]]:
-        """The sentences after the noise dial, and what became of each: `""`, `"replaced"` or `"altered"`."""
+        """The sentences after the noise dial, and what became of each: `""`, `"replaced"` or `"altered"`.
+
+        Turning the dial up strikes the captions that a lower setting strikes, and more.
+        """
         if not self.config.caption_noise or self.split != "train":
             return texts, [""] * len(texts)
         draws = self.draws(_NOISE, index)
-        texts, kinds = list(texts), []
-        for position in range(len(texts)):
-            struck = draws.chance(self.config.caption_noise)
-            replaced, other_index = draws.below(2), draws.below(1 << 47)
-            kinds.append("" if not struck else "replaced" if replaced else "altered")
+        said, kinds = [], []
+        for text in texts:
+            struck, replaced, other_index = (
+                draws.chance(self.config.caption_noise),
+                draws.below(2),
+                draws.below(_UNSEEN),
+            )
             if not struck:
+                said.append(text)
+                kinds.append("")
                 continue
-            if replaced:
-                other = self.scene((1 << 47) + other_index)
-                if set(objects_of(other)) <= set(objects_of(scene)):
-                    other = altered_scene(self.config, scene, Draws(self.seed, 64, other_index), self.pairs)
-                    kinds[-1] = "altered"
+            other = self.scene(_UNSEEN + other_index)
+            if replaced and not set(objects_of(other)) <= set(objects_of(scene)):
+                kinds.append("replaced")
             else:
-                other = altered_scene(self.config, scene, Draws(self.seed, 64, other_index), self.pairs)
-            texts[position] = caption(self.config, other, Draws(self.seed, 65, other_index))
-        return texts, kinds
+                other = altered_scene(scene, self.draws(_NOISE, _UNSEEN + other_index), self.pairs)
+                kinds.append("altered")
+            said.append(caption(self.config, other, self.draws(_CAPTIONS, _UNSEEN + other_index)))
+        return said, kinds
+
+    def questions(self, index: int, scene: Scene, count: int) -> list[Question]:
+        """`count` questions about scene `index`."""
+        return ask(self.config, scene, self.draws(_QUESTIONS, index), self.pairs, count)
+
+    def question_rows(self, index: int, count: int) -> list[dict[str, Any]]:
+        """`count` rows of the VQA schema about scene `index`; the ten answers of each agree."""
+        row = self.row(index)
+        scene = self.scene(index)
+        return [
+            {
+                "image": row["image"],
+                "question": asked.question,
+                "answers": [asked.answer] * ANSWERS,
+                "question_type": asked.kind,
+                "image_id": row["image_id"],
+                "source": row["source"],
+                "key": f"{index}.{number}",
+                "objects": row["objects"],
+            }
+            for number, asked in enumerate(self.questions(index, scene, count))
+        ]
 
     def row(self, index: int) -> dict[str, Any]:
         """Everything about scene `index`: the picture (PNG bytes), its texts, and the truth about it."""
@@ -105,22 +139,31 @@ def png(image: PilImage) -> bytes:
     return buffer.getvalue()
 
 
-def features() -> Features:
-    """Columns of a Shapes dataset."""
+def _features(**columns: Any) -> Features:
     text = Value("string")
     thing = dict.fromkeys(("shape", "color", "size", "texture", "place"), text) | {"box": List(Value("int32"))}
     return Features(
         {
             "image": Image(decode=False),
-            "text": List(text),
             "image_id": text,
             "source": text,
             "key": text,
             "objects": List(thing),
-            "background": text,
-            "noise": List(text),
+            **columns,
         }
     )
+
+
+def pair_features() -> Features:
+    """Columns of a Shapes dataset of pairs."""
+    text = Value("string")
+    return _features(text=List(text), background=text, noise=List(text))
+
+
+def question_features() -> Features:
+    """Columns of a Shapes dataset of questions."""
+    text = Value("string")
+    return _features(question=text, answers=List(text), question_type=text)
 
 
 def load_shapes(
@@ -130,36 +173,138 @@ def load_shapes(
     size: int | None = None,
     seed: int = 0,
     preset: str = "default",
+    unique: bool = False,
     **options: Any,
 ) -> Dataset | IterableDataset:
-    """Shapes as a dataset.
+    """Shapes as a dataset of pairs.
 
     Args:
         split: `"train"`, `"validation"`, `"test"` or `"heldout"`.
         streaming: give an `IterableDataset` that draws as it goes; otherwise all rows are drawn now, into memory
-            (about 1 KB each at 64 px).
+            (1 to 2 KB each at 64 px).
         size: number of scenes; 20,000 for train and 1,000 for the others if left out.
         seed: another seed, other scenes. The held-out combinations do not depend on it.
         preset: `"default"` or `"simple"`.
+        unique: leave out a scene that no caption could tell from an earlier one of the dataset, and draw on until
+            there are `size`; for retrieval, where such a twin is no mistake but counts as one. Not while streaming.
         options: fields of `ShapesConfig` in place of the preset's.
 
     Raises:
-        ValueError: unknown split, preset or value.
+        ValueError: unknown split, preset or value; more unique scenes asked for than can be found.
         TypeError: unknown option.
     """
     world = ShapesWorld(ShapesConfig.preset(preset, **options), split, seed)
-    size = DEFAULT_SIZES[split] if size is None else size
-    if size < 1:
-        raise ValueError(f"size={size}: at least one scene")
-    ranges = [(start, min(start + SHARD_ROWS, size)) for start in range(0, size, SHARD_ROWS)]
+    size = _checked_size(split, size)
+    if unique:
+        if streaming:
+            raise ValueError("unique=True needs the scenes before it in memory; it does not go with streaming=True")
+        indices = _unique_indices(world, size)
+        return in_memory((world.row(index) for index in indices), pair_features())
+    ranges = _ranges(size)
     if streaming:
         return IterableDataset.from_generator(
-            _rows, features=features(), gen_kwargs={"world": world, "ranges": ranges}
+            _pair_rows, features=pair_features(), gen_kwargs={"world": world, "ranges": ranges}
         )
-    return Dataset.from_list(list(_rows(world, ranges)), features=features())
+    return in_memory(_pair_rows(world, ranges), pair_features())
 
 
-def _rows(world: ShapesWorld, ranges: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+def load_shapes_questions(
+    split: str = "train",
+    *,
+    streaming: bool = False,
+    size: int | None = None,
+    seed: int = 0,
+    preset: str = "default",
+    questions: int = 1,
+    **options: Any,
+) -> Dataset | IterableDataset:
+    """Shapes as a dataset of questions: `image`, `question`, `answers` (ten equal ones), `question_type`.
+
+    Args:
+        size: number of scenes; the dataset has `size * questions` rows.
+        questions: questions a scene.
+        split, streaming, seed, preset, options: as in `load_shapes`.
+    """
+    world = ShapesWorld(ShapesConfig.preset(preset, **options), split, seed)
+    if questions < 1:
+        raise ValueError(f"questions={questions}: at least one a scene")
+    ranges = _ranges(_checked_size(split, size))
+    if streaming:
+        return IterableDataset.from_generator(
+            _question_rows,
+            features=question_features(),
+            gen_kwargs={"world": world, "ranges": ranges, "questions": questions},
+        )
+    return in_memory(_question_rows(world, ranges, questions), question_features())
+
+
+def shapes_texts(
+    count: int,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    preset: str = "default",
+    questions: bool = False,
+    all_combinations: bool = False,
+    **options: Any,
+) -> Iterator[str]:
+    """Sentences of scenes that are in no dataset: text to train a tokenizer or a language model on.
+
+    Args:
+        count: number of sentences.
+        split, seed, preset, options: as in `load_shapes`.
+        questions: every other sentence is "Question: ... Answer: ...".
+        all_combinations: draw from the held-out combinations as well, so that the language model has read of every
+            combination that a picture will ever show; otherwise it knows of them no more than the vision model does.
+    """
+    world = ShapesWorld(ShapesConfig.preset(preset, **options), split, seed)
+    if all_combinations:
+        world.pairs = world.config.trained_pairs + world.config.heldout_pairs
+    for number in range(count):
+        index = _UNSEEN + number
+        scene = world.scene(index)
+        if questions and number % 2:
+            asked = world.questions(index, scene, 1)[0]
+            yield f"Question: {asked.question} Answer: {asked.answer}"
+        else:
+            yield caption(world.config, scene, world.draws(_CAPTIONS, index))
+
+
+def _pair_rows(world: ShapesWorld, ranges: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
     for start, stop in ranges:
         for index in range(start, stop):
             yield world.row(index)
+
+
+def _question_rows(world: ShapesWorld, ranges: Sequence[tuple[int, int]], questions: int) -> Iterator[dict[str, Any]]:
+    for start, stop in ranges:
+        for index in range(start, stop):
+            yield from world.question_rows(index, questions)
+
+
+def _checked_size(split: str, size: int | None) -> int:
+    size = DEFAULT_SIZES[split] if size is None else size
+    if size < 1:
+        raise ValueError(f"size={size}: at least one scene")
+    return size
+
+
+def _ranges(size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + SHARD_ROWS, size)) for start in range(0, size, SHARD_ROWS)]
+
+
+def _unique_indices(world: ShapesWorld, size: int) -> list[int]:
+    indices, seen, index = [], set(), 0
+    while len(indices) < size:
+        # So many in vain in a row: nearly all there is has been found.
+        if index - (indices[-1] if indices else 0) > 10_000:
+            raise ValueError(
+                f"only {len(indices)} of size={size} scenes of split {world.split!r} differ in what captions can say; "
+                f"ask for fewer, or add colors, shapes, objects or details"
+            )
+        name = world.content_id(world.scene(index))
+        if name not in seen:
+            seen.add(name)
+            indices.append(index)
+        index += 1
+    return indices
