@@ -318,7 +318,8 @@ def _dense(
 
 
 def _queued(queue: Queue, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return queue.image_embeds.detach().to(dtype), queue.text_embeds.detach().to(dtype)
+    # Copies: the queue may be written to before the backward.
+    return queue.image_embeds.detach().to(dtype, copy=True), queue.text_embeds.detach().to(dtype, copy=True)
 
 
 def _hard_targets(sides: _Sides, queue: Queue | None, dtype: torch.dtype) -> Tensor:
