@@ -5,7 +5,7 @@ from typing import Any
 
 # Public name -> module that defines it; resolved on first use, so that `import hf_vlp.training` stays cheap.
 _EXPORTS: dict[str, str] = {
-    "DataArguments": "arguments",
+    "DataArguments": "data",
     "VLPTrainingArguments": "arguments",
     "parse_arguments": "arguments",
     "apply_stage": "freezing",

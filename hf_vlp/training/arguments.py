@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 T = TypeVar("T")
 
@@ -107,12 +108,13 @@ class VLPTrainingArguments(TrainingArguments):
         "warm-up, but not before step 100.",
     )
     sync_batchnorm: bool = option(False, "Share batch-norm statistics over the GPUs (ResNet and EfficientNet towers).")
+    per_device_eval_batch_size: int = option(64, "Records a device and step in evaluation.")
     logging_steps: float = option(10, "Steps between log lines; below 1, a share of all steps.")
     logging_first_step: bool = option(True, "Log the first step as well.")
     logging_nan_inf_filter: bool = option(False, "Hide non-finite losses from the log; leave it off.")
     save_steps: float = option(500, "Steps between checkpoints; below 1, a share of all steps.")
     save_total_limit: int | None = option(2, "Checkpoints kept; the oldest are removed.")
-    report_to: str | list[str] | None = option("none", "Trackers: tensorboard, trackio, wandb, none or all.")
+    report_to: None | str | list[str] = option("none", "Trackers: tensorboard, trackio, wandb, none or all.")
     remove_unused_columns: bool = option(False, "Leave this off: the collator picks the columns it needs.")
 
 
@@ -120,7 +122,7 @@ class VLPTrainingArguments(TrainingArguments):
 _COMMON_TEXT = """
     output_dir stage per_device_train_batch_size num_train_epochs max_steps learning_rate part_learning_rates
     weight_decay adam_beta1 adam_beta2 lr_scheduler_type warmup_steps optim max_grad_norm gradient_accumulation_steps
-    grad_cache_chunk_size bf16 fp16 gradient_checkpointing torch_compile seed data_seed full_determinism use_cpu
+    grad_cache_chunk_size bf16 fp16 activation_checkpointing torch_compile seed data_seed full_determinism use_cpu
     dataloader_num_workers dataloader_drop_last eval_strategy eval_steps per_device_eval_batch_size logging_steps
     report_to run_name save_strategy save_steps save_total_limit resume allow_changed_settings sanity sanity_steps
     sanity_check_step sync_batchnorm push_to_hub hub_model_id"""
@@ -185,12 +187,19 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return super()._get_help_string(action)
 
 
+_METAVARS = {int: "INT", float: "FLOAT", string_to_bool: "BOOL"}
+
+
 def _print_help(parser: HfArgumentParser, *, everything: bool) -> None:
     own = {entry.name for kind in parser.dataclass_types for entry in dataclasses.fields(kind) if _is_ours(kind)}
     for action in parser._actions:
         known = action.dest in own or action.dest in COMMON_TRAINING_OPTIONS | {"config", "help", "help_all"}
         if (not everything and not known) or any(name.startswith("--no") for name in action.option_strings):
             action.help = argparse.SUPPRESS
+        if action.choices and len(action.choices) > 8:
+            action.choices, action.metavar = None, "NAME"
+        elif action.choices is None and action.metavar is None and action.nargs != 0:
+            action.metavar = _METAVARS.get(action.type, "TEXT")
         # One spelling each; `--train-data` and `--train_data` are the same.
         action.option_strings = [name for name in action.option_strings if "-" not in name.lstrip("-")]
     parser.print_help()

@@ -104,6 +104,8 @@ class VLPTrainer(Trainer):
             weight_decay=args.weight_decay,
             rates=parse_rates(args.part_learning_rates),
         )
+        # Now, because saving writes the dtype of the weights into the model's config.
+        self.settings = self._run_settings()
 
     # Data
 
@@ -309,7 +311,7 @@ class VLPTrainer(Trainer):
 
     # Checkpoints
 
-    def run_settings(self) -> dict[str, Any]:
+    def _run_settings(self) -> dict[str, Any]:
         """Everything that decides the weights this run ends with, as kept in its checkpoints."""
         config = getattr(self.model, "config", None)
         model_settings = config.to_dict() if config is not None else {}
@@ -349,7 +351,7 @@ class VLPTrainer(Trainer):
                 self.state.best_model_checkpoint = str(final)
             self._store_callback_states()
             self.state.save_to_json(str(writing / STATE_FILE))
-            checkpoints.write_json(writing / SETTINGS_FILE, self.run_settings())
+            checkpoints.write_json(writing / SETTINGS_FILE, self.settings)
             checkpoints.publish(writing, final)
             checkpoints.rotate(run_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
@@ -489,7 +491,7 @@ class VLPTrainer(Trainer):
         path = checkpoint / SETTINGS_FILE
         if not path.is_file():
             return
-        changes = checkpoints.changed_settings(json.loads(path.read_text()), self.run_settings())
+        changes = checkpoints.changed_settings(json.loads(path.read_text()), self.settings)
         if not changes:
             return
         text = f"{checkpoint} was written with other settings:\n  " + "\n  ".join(changes)

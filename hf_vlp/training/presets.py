@@ -1,0 +1,182 @@
+"""Models from scratch by name and size: configs of the CLIP family, vision towers and Q-Formers of BLIP-2."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+# Width, layers and heads of a transformer tower, and the width of the joint space.
+_TOWERS: dict[str, dict[str, tuple[int, int, int]]] = {
+    "nano": {"vision": (128, 4, 4), "text": (128, 4, 4)},
+    "tiny": {"vision": (192, 6, 3), "text": (192, 6, 3)},
+    "small": {"vision": (384, 12, 6), "text": (384, 12, 6)},
+    # CLIP's own (2103.00020, table 20).
+    "base": {"vision": (768, 12, 12), "text": (512, 12, 8)},
+    "large": {"vision": (1024, 24, 16), "text": (768, 12, 12)},
+}
+_JOINT = {"nano": 128, "tiny": 192, "small": 384, "base": 512, "large": 768}
+_RESNETS: dict[str, dict[str, Any]] = {
+    "nano": {"layers": [1, 1, 1, 1], "width": 16},
+    "tiny": {"layers": [2, 2, 2, 2], "width": 32},
+    "small": {"layers": [3, 4, 6, 3], "width": 48},
+}
+_PUBLISHED_RESNETS = {"base": "RN50", "large": "RN50x16"}
+# EfficientNet's compound scaling (1905.11946): width, depth; ALIGN (2102.05918) trains the last with BERT-large.
+_EFFICIENTNETS = {
+    "nano": (0.25, 0.3),
+    "tiny": (0.5, 0.5),
+    "small": (1.0, 1.0),
+    "base": (1.4, 1.8),
+    "large": (2.0, 3.1),
+}
+
+SIZES = tuple(_TOWERS)
+# Image size and patch at which each size is meant to start, where the caller names none.
+_PATCHES = {"nano": 8, "tiny": 8, "small": 16, "base": 32, "large": 14}
+_IMAGE_SIZES = {"nano": 64, "tiny": 64, "small": 224, "base": 224, "large": 224}
+
+
+def default_image_size(size: str) -> int:
+    """Side in pixels of the images that a size is meant for."""
+    return _IMAGE_SIZES[_known(size)]
+
+
+def clip_family_config(
+    model_type: str, size: str, tokenizer: Any, *, image_size: int | None = None, patch_size: int | None = None
+) -> PreTrainedConfig:
+    """Config of a dual encoder from scratch.
+
+    Args:
+        model_type: `"clip"`, `"clip_resnet"`, `"eva_clip"` or `"align"`.
+        size: one of `SIZES`; `"base"` and `"large"` are the published ones.
+        tokenizer: gives the text tower its vocabulary, special tokens and longest text.
+        image_size: side in pixels.
+        patch_size: of the ViT towers.
+
+    Raises:
+        ValueError: unknown type or size, a tokenizer without the special tokens that the text tower needs, or an
+            image that the patches do not tile.
+    """
+    _known(size)
+    image_size = image_size or _IMAGE_SIZES[size]
+    patch_size = patch_size or _PATCHES[size]
+    text_width, text_layers, text_heads = _TOWERS[size]["text"]
+    text = {
+        "hidden_size": text_width,
+        "intermediate_size": 4 * text_width,
+        "num_hidden_layers": text_layers,
+        "num_attention_heads": text_heads,
+        "vocab_size": len(tokenizer),
+        **_special_tokens(tokenizer, needs_end=model_type != "align"),
+    }
+    joint = _JOINT[size]
+    if model_type == "align":
+        return _align_config(size, text, image_size, joint)
+    text["max_position_embeddings"] = min(tokenizer.model_max_length, 512)
+    if model_type == "clip_resnet":
+        from hf_vlp.models.clip_resnet.configuration_clip_resnet import CLIPResNetConfig
+
+        if size in _PUBLISHED_RESNETS:
+            vision = {"vocab_size": text["vocab_size"], **_special_tokens(tokenizer, needs_end=True)}
+            vision["max_position_embeddings"] = text["max_position_embeddings"]
+            return CLIPResNetConfig.preset(_PUBLISHED_RESNETS[size], text_config=vision)
+        vision = {**_RESNETS[size], "image_size": image_size}
+        return CLIPResNetConfig(text_config=text, vision_config=vision, projection_dim=joint)
+
+    if image_size % patch_size:
+        raise ValueError(f"--image_size {image_size} is not a multiple of --patch_size {patch_size}")
+    width, layers, heads = _TOWERS[size]["vision"]
+    vision = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "image_size": image_size,
+        "patch_size": patch_size,
+    }
+    if model_type == "clip":
+        from transformers import CLIPConfig
+
+        return CLIPConfig(text_config=text, vision_config=vision, projection_dim=joint)
+    if model_type == "eva_clip":
+        from hf_vlp.models.eva_clip.configuration_eva_clip import EvaCLIPConfig
+
+        return EvaCLIPConfig(text_config=text, vision_config=vision, projection_dim=joint)
+    raise ValueError(f"--model_type may be clip, clip_resnet, eva_clip or align, not {model_type!r}")
+
+
+def _align_config(size: str, text: dict[str, Any], image_size: int, joint: int) -> PreTrainedConfig:
+    from transformers import AlignConfig
+
+    width, depth = _EFFICIENTNETS[size]
+    vision = {"image_size": image_size, "width_coefficient": width, "depth_coefficient": depth}
+    # The pooled output is as wide as the last convolution, which scales with the width.
+    vision["hidden_dim"] = int(1280 * width) // 8 * 8
+    return AlignConfig(text_config=text, vision_config=vision, projection_dim=joint)
+
+
+def _special_tokens(tokenizer: Any, *, needs_end: bool) -> dict[str, int]:
+    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    if needs_end and tokens["eos_token_id"] is None:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token, which the text tower pools; use a "
+            "CLIP tokenizer, or let the script train one by leaving out --tokenizer"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no padding token; set tokenizer.pad_token")
+    tokens["pad_token_id"] = tokenizer.pad_token_id
+    return {name: token for name, token in tokens.items() if token is not None}
+
+
+def _known(size: str) -> str:
+    if size not in _TOWERS:
+        raise ValueError(f"--size may be one of {list(SIZES)}, not {size!r}")
+    return size
+
+
+def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int = 8192, max_length: int = 64) -> Any:
+    """A BERT tokenizer (lower case, WordPiece) trained on `texts`, for ALIGN's text tower.
+
+    Args:
+        texts: training text.
+        vocab_size: upper limit.
+        max_length: longest text in tokens, with [CLS] and [SEP].
+    """
+    from tokenizers.implementations import BertWordPieceTokenizer
+    from transformers import BertTokenizer
+
+    trained = BertWordPieceTokenizer(lowercase=True)
+    trained.train_from_iterator(texts, vocab_size=vocab_size, min_frequency=1, show_progress=False)
+    return BertTokenizer(vocab=trained.get_vocab(), model_max_length=max_length)
+
+
+def new_clip_processor(
+    model_type: str,
+    image_size: int,
+    *,
+    tokenizer: Any = None,
+    texts: Iterable[str] = (),
+    vocab_size: int = 8192,
+    context_length: int = 77,
+) -> Any:
+    """The processor of a dual encoder from scratch.
+
+    Args:
+        model_type: as in `clip_family_config`.
+        image_size: side in pixels.
+        tokenizer: left out, one is trained on `texts`.
+        texts: training text of the tokenizer.
+        vocab_size: of a trained tokenizer, at most.
+        context_length: longest text of a trained tokenizer, in tokens.
+    """
+    if model_type == "align":
+        from transformers import AlignProcessor, EfficientNetImageProcessorPil
+
+        tokenizer = tokenizer or train_wordpiece_tokenizer(texts, vocab_size, context_length)
+        size = {"height": image_size, "width": image_size}
+        return AlignProcessor(EfficientNetImageProcessorPil(size=size, do_center_crop=False), tokenizer)
+    from hf_vlp.models.clip.processing_clip import CLIPProcessor
+    from hf_vlp.models.clip.tokenization_clip import train_clip_tokenizer
+
+    tokenizer = tokenizer or train_clip_tokenizer(texts, vocab_size, context_length)
+    return CLIPProcessor.for_image_size(tokenizer, image_size)

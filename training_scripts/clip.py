@@ -1,0 +1,112 @@
+r"""Contrastive pretraining of image and text towers (CLIP, arXiv 2103.00020; ALIGN, arXiv 2102.05918).
+
+On the built-in Shapes, on two CPU cores, in a few minutes:
+    python training_scripts/clip.py --config training_scripts/clip_cpu.yaml --output_dir outputs/clip
+On your own pairs:
+    python training_scripts/clip.py --config training_scripts/clip_cpu.yaml --train_data path/to/data
+The paper's ViT-B/32 (256 GPUs, 12 days; here on 8 GPUs, with the batch made up by gradient caching):
+    accelerate launch --num_processes 8 training_scripts/clip.py --config training_scripts/clip_vit_b32_paper.yaml \
+        --train_data path/to/pairs --output_dir outputs/clip-b32
+
+The loss of a model that knows nothing is the logarithm of the batch over all processes (10.4 at 32,768).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from transformers import AutoTokenizer, set_seed
+
+from hf_vlp.data import ImageTextCollator
+from hf_vlp.models.catalog import load_class
+from hf_vlp.models.clip.pretraining_clip import CLIPForPreTraining
+from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, apply_stage, parse_arguments
+from hf_vlp.training.arguments import option, run_settings
+from hf_vlp.training.data import main_process_first, pair_dataset, texts_of_rows
+from hf_vlp.training.evaluators import RetrievalEvaluator
+from hf_vlp.training.presets import SIZES, clip_family_config, default_image_size, new_clip_processor
+
+
+@dataclass
+class ModelArguments:
+    """The dual encoder and its loss."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    model_name_or_path: str | None = option(None, "Folder or Hub id to start from; left out: from scratch.")
+    model_type: str = option("clip", "Kind of model.", choices=["clip", "clip_resnet", "eva_clip", "align"])
+    size: str = option("tiny", "Size of a model from scratch; base is ViT-B or RN50.", choices=list(SIZES))
+    image_size: int | None = option(None, "Side of the images in pixels, from scratch.")
+    patch_size: int | None = option(None, "Side of a patch in pixels, from scratch.")
+    tokenizer: str | None = option(None, "Folder or Hub id of a tokenizer; left out: trained on the training texts.")
+    vocab_size: int = option(8192, "Vocabulary of a trained tokenizer, at most.")
+    context_length: int = option(77, "Longest text of a trained tokenizer, in tokens.")
+    loss: str = option("softmax", "CLIP's softmax or SigLIP's sigmoid loss.", choices=["softmax", "sigmoid"])
+    label_smoothing: float = option(0.0, "Of the softmax targets; ALIGN uses 0.1.")
+    tile_size: int | None = option(None, "Rows of the similarity matrix computed at a time, for very large batches.")
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    data, model_args, args = parse_arguments(
+        (DataArguments, ModelArguments, VLPTrainingArguments), argv, description=__doc__
+    )
+    set_seed(args.seed)
+
+    # 1. Data
+    with main_process_first(args):
+        rows, eval_rows = data.train_rows(), data.eval_rows()
+
+    # 2. Processor and model
+    losses = {
+        "loss": model_args.loss,
+        "label_smoothing": model_args.label_smoothing,
+        "tile_size": model_args.tile_size,
+    }
+    if model_args.model_name_or_path:
+        processor = load_class(model_args.model_name_or_path, "processor").from_pretrained(
+            model_args.model_name_or_path
+        )
+        model = CLIPForPreTraining.from_pretrained(model_args.model_name_or_path, **losses)
+    else:
+        image_size = model_args.image_size or default_image_size(model_args.size)
+        tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer) if model_args.tokenizer else None
+        processor = new_clip_processor(
+            model_args.model_type,
+            image_size,
+            tokenizer=tokenizer,
+            texts=texts_of_rows(rows),
+            vocab_size=model_args.vocab_size,
+            context_length=model_args.context_length,
+        )
+        config = clip_family_config(
+            model_args.model_type,
+            model_args.size,
+            processor.tokenizer,
+            image_size=image_size,
+            patch_size=model_args.patch_size,
+        )
+        model = CLIPForPreTraining(config, **losses)
+    print(apply_stage(model, args.stage or "pretrain"))
+
+    # 3. Trainer
+    trainer = VLPTrainer(
+        model,
+        args,
+        ImageTextCollator(processor, max_length=data.max_length, limits=data.limits),
+        pair_dataset(rows, seed=args.seed, transform=data.transform(model.model.config.vision_config.image_size)),
+        pair_dataset(eval_rows, seed=args.seed) if eval_rows is not None else None,
+        processing_class=processor,
+        evaluator=RetrievalEvaluator(processor, eval_rows, args.per_device_eval_batch_size) if eval_rows else None,
+        settings={"data": run_settings(data), "model_arguments": run_settings(model_args)},
+    )
+
+    # 4. Train, evaluate, export
+    trainer.train()
+    metrics = trainer.evaluate() if eval_rows is not None else {}
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    trainer.export()
+    return metrics
+
+
+if __name__ == "__main__":
+    main()
