@@ -93,7 +93,7 @@ def align_config(**changes: Any) -> PreTrainedConfig:
         "hidden_dim": 16,
         "drop_connect_rate": 0.0,
     }
-    return AlignConfig(text_config=text, vision_config=vision, **({"projection_dim": 16} | changes))
+    return AlignConfig(text_config=text, vision_config=vision, **({"projection_dim": 8} | changes))
 
 
 CONFIGS = {

@@ -35,7 +35,7 @@ class ContrastiveSettings:
 
     Attributes:
         loss: `"softmax"` (CLIP, equation of figure 3) or `"sigmoid"` (SigLIP, equation 1).
-        label_smoothing: of the softmax targets; ALIGN uses 0.1.
+        label_smoothing: of the softmax targets; by default the recipe's, which is 0.1 for ALIGN and 0 for the others.
         gather_keys: `"exact"` gradient through the other ranks' features, `"detached"`, or `"local"` negatives only.
         tile_size: rows computed at a time, for batches whose similarity matrix would not fit; None computes it whole.
         init_logit_scale: logarithm of the initial inverse temperature of a model from scratch; None keeps the model's.
@@ -43,7 +43,7 @@ class ContrastiveSettings:
     """
 
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    label_smoothing: float = 0.0
+    label_smoothing: float | None = None
     gather_keys: Literal["exact", "detached", "local"] = "exact"
     tile_size: int | None = None
     init_logit_scale: float | None = None
@@ -128,15 +128,20 @@ class CLIPForPreTraining(PreTrainingMixin, PreTrainedModel):
         # A copy: the inference model's own config must stay free of settings that only training knows.
         own = copy.deepcopy(config)
         stored = getattr(own, "pretraining", None) or {}
-        self_settings = ContrastiveSettings(**{**stored, **settings})
-        own.pretraining = asdict(self_settings)
+        chosen = ContrastiveSettings(**{**stored, **settings})
+        if chosen.label_smoothing is None:
+            chosen.label_smoothing = 0.1 if config.model_type == "align" and chosen.loss == "softmax" else 0.0
+        own.pretraining = asdict(chosen)
         super().__init__(own)
-        self.settings = self_settings
+        self.settings = chosen
         inner = copy.deepcopy(config)
         if hasattr(inner, "pretraining"):
             del inner.pretraining
         self.model = architecture_of(config).load("model")(inner) if model is None else model
         self.supports_gradient_checkpointing = self.model.supports_gradient_checkpointing
+        if getattr(self.model.text_model, "pooler", None) is not None:
+            # ALIGN's text pooler is part of the format but of no loss; a parameter without gradient stops DDP.
+            self.stages = {name: table | {"model.text_model.pooler": False} for name, table in self.stages.items()}
         self.logit_bias = (
             nn.Parameter(torch.tensor(float(self.settings.init_logit_bias)))
             if self.settings.loss == "sigmoid"
