@@ -284,11 +284,13 @@ def _dense(
     soft_targets: Tensor | tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums of the cross-entropies of the anchors in the two directions, and the logits without the queue's columns."""
-    logits_per_image = scores(sides.images, sides.text_keys) * scale
+    cosines = scores(sides.images, sides.text_keys)
+    logits_per_image = cosines * scale
     if sides.layout == "whole":
         logits_per_text = logits_per_image.t()
     elif sides.layout == "spread":
-        logits_per_text = transpose_shards(logits_per_image, sides.sizes, sides.sizes)
+        # Scaled on arrival, so that each rank's gradient of the scale is that of its own rows.
+        logits_per_text = transpose_shards(cosines, sides.sizes, sides.sizes) * scale
     else:
         logits_per_text = (scores(sides.image_keys, sides.texts) * scale).t()
 
