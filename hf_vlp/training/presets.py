@@ -71,7 +71,7 @@ def clip_family_config(
     }
     joint = _JOINT[size]
     if model_type == "align":
-        return _align_config(size, text, image_size, joint)
+        return _align_config(size, text, image_size)
     text["max_position_embeddings"] = min(tokenizer.model_max_length, 512)
     if model_type == "clip_resnet":
         from hf_vlp.models.clip_resnet.configuration_clip_resnet import CLIPResNetConfig
@@ -105,14 +105,15 @@ def clip_family_config(
     raise ValueError(f"--model_type may be clip, clip_resnet, eva_clip or align, not {model_type!r}")
 
 
-def _align_config(size: str, text: dict[str, Any], image_size: int, joint: int) -> PreTrainedConfig:
-    from transformers import AlignConfig
+def _align_config(size: str, text: dict[str, Any], image_size: int) -> PreTrainedConfig:
+    from transformers import AlignConfig, AlignVisionConfig
+
+    from hf_vlp.models.align.modeling_align import image_width
 
     width, depth = _EFFICIENTNETS[size]
     vision = {"image_size": image_size, "width_coefficient": width, "depth_coefficient": depth}
-    # The pooled output is as wide as the last convolution, which scales with the width.
-    vision["hidden_dim"] = int(1280 * width) // 8 * 8
-    return AlignConfig(text_config=text, vision_config=vision, projection_dim=joint)
+    # ALIGN does not project images: the joint space is as wide as the tower's last block.
+    return AlignConfig(text_config=text, vision_config=vision, projection_dim=image_width(AlignVisionConfig(**vision)))
 
 
 def _special_tokens(tokenizer: Any, *, needs_end: bool) -> dict[str, int]:
@@ -132,22 +133,6 @@ def _known(size: str) -> str:
     if size not in _TOWERS:
         raise ValueError(f"--size may be one of {list(SIZES)}, not {size!r}")
     return size
-
-
-def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int = 8192, max_length: int = 64) -> Any:
-    """A BERT tokenizer (lower case, WordPiece) trained on `texts`, for ALIGN's text tower.
-
-    Args:
-        texts: training text.
-        vocab_size: upper limit.
-        max_length: longest text in tokens, with [CLS] and [SEP].
-    """
-    from tokenizers.implementations import BertWordPieceTokenizer
-    from transformers import BertTokenizer
-
-    trained = BertWordPieceTokenizer(lowercase=True)
-    trained.train_from_iterator(texts, vocab_size=vocab_size, min_frequency=1, show_progress=False)
-    return BertTokenizer(vocab=trained.get_vocab(), model_max_length=max_length)
 
 
 def new_clip_processor(
@@ -170,11 +155,11 @@ def new_clip_processor(
         context_length: longest text of a trained tokenizer, in tokens.
     """
     if model_type == "align":
-        from transformers import AlignProcessor, EfficientNetImageProcessorPil
+        from hf_vlp.models.align.processing_align import align_processor
 
         tokenizer = tokenizer or train_wordpiece_tokenizer(texts, vocab_size, context_length)
-        size = {"height": image_size, "width": image_size}
-        return AlignProcessor(EfficientNetImageProcessorPil(size=size, do_center_crop=False), tokenizer)
+        return align_processor(tokenizer, image_size)
+
     from hf_vlp.models.clip.processing_clip import CLIPProcessor
     from hf_vlp.models.clip.tokenization_clip import train_clip_tokenizer
 

@@ -6,9 +6,16 @@ What it saves is native: `transformers.AlignModel` opens it, and this class open
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AlignConfig
+from transformers import AlignConfig, AlignVisionConfig
+from transformers import initialization as init
+from transformers.models.align.modeling_align import round_filters
 
 from hf_vlp.models.clip.retrieval_clip import DualEncoderRetrieval, require_one
+
+
+def image_width(config: AlignVisionConfig) -> int:
+    """Channels in which the image tower ends, which must be the `projection_dim` of the whole model."""
+    return round_filters(config, config.out_channels[-1])
 
 
 class AlignModel(DualEncoderRetrieval, transformers.AlignModel):
@@ -23,7 +30,7 @@ class AlignModel(DualEncoderRetrieval, transformers.AlignModel):
 
     def __init__(self, config: AlignConfig) -> None:
         super().__init__(config)
-        width = self.vision_model.encoder.blocks[-1].projection.project_conv.out_channels
+        width = image_width(config.vision_config)
         if width != config.projection_dim:
             raise ValueError(
                 f"config.projection_dim is {config.projection_dim}, but vision_config ends in {width} "
@@ -34,6 +41,16 @@ class AlignModel(DualEncoderRetrieval, transformers.AlignModel):
         for module in self.vision_model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 1 - config.vision_config.batch_norm_momentum
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            # Differs from transformers, whose 0.02 everywhere lets the signal die out: EfficientNet's own rule
+            # (1905.11946), where a depthwise kernel counts as one output channel.
+            for layer in self.vision_model.modules():
+                if isinstance(layer, nn.Conv2d):
+                    fan_out = layer.weight[0, 0].numel() * layer.out_channels // layer.groups
+                    init.normal_(layer.weight, std=(2 / fan_out) ** 0.5)
 
     def image_features(self, pixel_values: Tensor | None = None, image_embeds: Tensor | None = None) -> Tensor:
         """Pooled image features `(images, dim)`, not normalised; ALIGN has no projection on the image side.
@@ -54,4 +71,4 @@ class AlignModel(DualEncoderRetrieval, transformers.AlignModel):
         return self.text_projection(states[:, 0])
 
 
-__all__ = ["AlignModel"]
+__all__ = ["AlignModel", "image_width"]

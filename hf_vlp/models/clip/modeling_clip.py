@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPTextModel, CLIPVisionModel
 
 from hf_vlp.models.clip.initialization_clip import initialize_text_tower, initialize_vision_tower
-from hf_vlp.models.clip.retrieval_clip import DualEncoderRetrieval, ImageEmbeds, require_one, trim_texts
+from hf_vlp.models.clip.retrieval_clip import DualEncoderRetrieval, require_one, trim_texts
 
 # Configs from before transformers 4.31 carry this wrong id; native code pools the highest id of the row for them.
 LEGACY_EOS_TOKEN_ID = 2
@@ -90,4 +90,4 @@ def pooled_token_id(text_model: CLIPTextModel) -> int | None:
     return None if eos_token_id == LEGACY_EOS_TOKEN_ID else eos_token_id
 
 
-__all__ = ["CLIPModel", "ImageEmbeds", "pooled_token_id"]
+__all__ = ["CLIPModel", "pooled_token_id"]

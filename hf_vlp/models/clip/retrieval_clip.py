@@ -4,28 +4,15 @@ Shared by the native architectures of the CLIP family. `clip_resnet` and `eva_cl
 carry this protocol themselves.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-
-@dataclass
-class ImageEmbeds:
-    """Images ready for comparison.
-
-    Attributes:
-        itc: `(images, dim)`, unit length.
-        states: per-image state for a matching head; a dual encoder has none.
-    """
-
-    itc: Tensor
-    states: Tensor | None = None
+from hf_vlp.models.retrieval import ImageEmbeds
 
 
 def normalize(features: Tensor) -> Tensor:
-    """Unit vectors along the last axis, computed in float32 whatever the autocast dtype."""
-    features = features.float()
+    """Unit vectors along the last axis, computed in float32 at least, whatever the autocast dtype."""
+    features = features if features.dtype == torch.float64 else features.float()
     return features / features.norm(dim=-1, keepdim=True)
 
 

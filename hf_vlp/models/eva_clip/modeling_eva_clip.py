@@ -36,12 +36,18 @@ class EvaCLIPOutput(ModelOutput):
     image_embeds: Tensor | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class ImageEmbeds:
     """Images ready for comparison: `itc` holds unit vectors `(images, dim)`; a dual encoder has no `states`."""
 
     itc: Tensor
     states: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.itc)
+
+    def __getitem__(self, index: Tensor | slice) -> "ImageEmbeds":
+        return ImageEmbeds(self.itc[index])
 
 
 def trim_texts(input_ids: Tensor, attention_mask: Tensor | None, eos_token_id: int) -> tuple[Tensor, Tensor | None]:
@@ -70,8 +76,8 @@ def trim_texts(input_ids: Tensor, attention_mask: Tensor | None, eos_token_id: i
 
 
 def normalize(features: Tensor) -> Tensor:
-    """Unit vectors along the last axis, computed in float32 whatever the autocast dtype."""
-    features = features.float()
+    """Unit vectors along the last axis, computed in float32 at least, whatever the autocast dtype."""
+    features = features if features.dtype == torch.float64 else features.float()
     return features / features.norm(dim=-1, keepdim=True)
 
 
