@@ -155,9 +155,10 @@ def new_clip_processor(
         context_length: longest text of a trained tokenizer, in tokens.
     """
     if model_type == "align":
+        from hf_vlp.data.tokenizers import train_bert_tokenizer
         from hf_vlp.models.align.processing_align import align_processor
 
-        tokenizer = tokenizer or train_wordpiece_tokenizer(texts, vocab_size, context_length)
+        tokenizer = tokenizer or train_bert_tokenizer(texts, vocab_size, max_length=context_length)
         return align_processor(tokenizer, image_size)
 
     from hf_vlp.models.clip.processing_clip import CLIPProcessor

@@ -16,6 +16,7 @@ import logging
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,16 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallba
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
+from hf_vlp.data.records import RecordLimits, RecordReport
 from hf_vlp.models.pretraining import PreTrainingMixin
 from hf_vlp.objectives.distributed import exchange_integers
+from hf_vlp.objectives.gradient_cache import cached_step
 from hf_vlp.training import checkpoints
 from hf_vlp.training.arguments import VLPTrainingArguments, run_settings
 from hf_vlp.training.batching import data_loader, derived_seed
 from hf_vlp.training.freezing import keep_frozen_in_eval
 from hf_vlp.training.optimization import check_master_weights, parameter_groups, parse_rates
+from hf_vlp.training.sanity import SanityPass, check_batch
 from hf_vlp.training.terms import TermMeter, loss_terms
 
 logger = logging.getLogger(__name__)
@@ -87,6 +91,12 @@ class VLPTrainer(Trainer):
         self._steps: list[_MicroBatch] = []
         self._micro: _MicroBatch | None = None
         self._resumed_from: Path | None = None
+        self._sanity: SanityPass | None = None
+        # This rank's account of the records it has trained on, and the counts of all ranks together.
+        self.records = RecordReport()
+        self._seen_and_bad = [0, 0]
+        self.skipped_batches = 0
+        _check_arguments(model, args)
         super().__init__(
             model=model,
             args=args,
@@ -155,6 +165,7 @@ class VLPTrainer(Trainer):
                 break
         micro = [_MicroBatch.of(batch, index) for index, batch in enumerate(batches)]
         self._agree(micro, device)
+        self._count_records(micro, device)
         # A skipped batch must not be the last one: gradients are averaged over ranks in the last backward.
         order = sorted(range(len(micro)), key=lambda index: not micro[index].skip)
         self._steps = [micro[index] for index in order]
@@ -173,6 +184,33 @@ class VLPTrainer(Trainer):
             share = batch.targets / total if batch.has_labels and total else 1 / max(used, 1)
             batch.weight = share * len(micro)
 
+    def _count_records(self, micro: list["_MicroBatch"], device: torch.device) -> None:
+        """Adds up the collators' reports, and stops all ranks together when too many records of all are bad.
+
+        Raises:
+            ErrorRateExceeded: with the table of all ranks.
+        """
+        seen, bad = 0, 0
+        for batch in micro:
+            if batch.report is not None:
+                self.records.merge(batch.report)
+                seen, bad = seen + batch.report.seen, bad + batch.report.bad_total
+        self.skipped_batches += sum(batch.skip for batch in micro)
+        for row in exchange_integers([seen, bad], device):
+            self._seen_and_bad = [self._seen_and_bad[0] + row[0], self._seen_and_bad[1] + row[1]]
+        limits = getattr(self.data_collator, "limits", None) or RecordLimits()
+        seen, bad = self._seen_and_bad
+        enough = seen >= limits.min_records or limits.max_bad_rate == 0
+        if bad and enough and bad > limits.max_bad_rate * seen:
+            self.record_report().check(limits, final=True)
+
+    def record_report(self) -> RecordReport:
+        """The account of the records of all ranks so far. Every rank has to call it."""
+        merged = RecordReport()
+        for report in gather_object([self.records]) if self.args.world_size > 1 else [self.records]:
+            merged.merge(report)
+        return merged
+
     # A step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -180,9 +218,44 @@ class VLPTrainer(Trainer):
         self._micro = self._steps.pop(0)
         if self._micro.skip:
             return torch.zeros((), device=self.args.device)
-        loss = super().training_step(model, inputs)
+        if self._micro.index == 0 and self._sanity is not None and self._sanity.is_due(self.state.global_step):
+            self._look(model, self._prepare_inputs(inputs))
+        if self.args.grad_cache_chunk_size:
+            loss = self._cached_training_step(model, inputs)
+        else:
+            loss = super().training_step(model, inputs)
         self._micro = None
         return loss
+
+    def _cached_training_step(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """The same step with the activations of `grad_cache_chunk_size` records held at a time."""
+        model.train()
+        keep_frozen_in_eval(self.accelerator.unwrap_model(model))
+        inputs = self._prepare_inputs(inputs)
+        factor = self._micro.weight / self.current_gradient_accumulation_steps
+        with self.accelerator.autocast():
+            outputs = cached_step(
+                model,
+                {**inputs, **self._generator_argument()},
+                self.args.grad_cache_chunk_size,
+                backward=lambda loss: self.accelerator.backward(loss * factor),
+            )
+        self.terms.add(logged_values(outputs))
+        return outputs["loss"] * factor
+
+    def _look(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """The sanity pass on the batch that is about to be trained on."""
+        step = self.state.global_step
+        limit = self.args.grad_cache_chunk_size
+        checks = check_batch(
+            model,
+            inputs,
+            chance_levels=getattr(self.accelerator.unwrap_model(model), "chance_levels", None),
+            forward_arguments=self._generator_argument,
+            gather=self._gather,
+            **({"max_rows": limit} if limit else {}),
+        )
+        self._sanity.report(checks, step)
 
     def compute_loss(
         self,
@@ -249,6 +322,9 @@ class VLPTrainer(Trainer):
                 )
             logs.update(self.terms.means(self._gather))
             self.terms.clear()
+            if self._seen_and_bad[1] or self.skipped_batches:
+                logs["records_bad"] = self._seen_and_bad[1]
+                logs["batches_skipped"] = self.skipped_batches
             if self.args.part_learning_rates:
                 for group in self.optimizer.param_groups:
                     logs[f"learning_rate_{group['part']}"] = group["lr"]
@@ -369,6 +445,9 @@ class VLPTrainer(Trainer):
             "loss": self._tr_loss.item(),
             "last_logged": self._globalstep_last_logged,
             "terms": self.terms.state(),
+            "records": {"seen": self.records.seen, "bad": dict(self.records.bad)},
+            "seen_and_bad": self._seen_and_bad,
+            "skipped_batches": self.skipped_batches,
         }
 
     def _load_progress(self, folder: Path) -> None:
@@ -379,6 +458,10 @@ class VLPTrainer(Trainer):
         self._tr_loss = torch.tensor(progress["loss"], device=self.args.device)
         self._globalstep_last_logged = progress["last_logged"]
         self.terms.load_state(progress["terms"], self.args.device)
+        records = progress["records"]
+        self.records = RecordReport(seen=records["seen"], bad=Counter(records["bad"]))
+        self._seen_and_bad = progress["seen_and_bad"]
+        self.skipped_batches = progress["skipped_batches"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Model, processor and arguments, without pickles."""
@@ -460,7 +543,9 @@ class VLPTrainer(Trainer):
             if checkpoint is not None and self._is_finished(checkpoint):
                 return self._load_finished(checkpoint)
             self.processing_class = _Hidden(processing_class) if processing_class is not None else None
-            return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **options)
+            output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **options)
+            self._summarise_records()
+            return output
         finally:
             self.processing_class = processing_class
 
@@ -516,6 +601,11 @@ class VLPTrainer(Trainer):
         return TrainOutput(self.state.global_step, losses[-1] if losses else float("nan"), {})
 
     # The end
+
+    def _summarise_records(self) -> None:
+        report = self.record_report()
+        if report.bad_total and self.args.process_index == 0:
+            logger.warning("records of this run (each epoch counts again):\n%s", report.table())
 
     def export(self, folder: str | Path | None = None) -> Path:
         """Writes the model that the world should load, with its processor; on the main process only.
@@ -594,6 +684,16 @@ class _StepCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer.terms.clear()
+        trainer._sanity = (
+            SanityPass(
+                args.sanity_steps,
+                args.sanity_check_step,
+                args.get_warmup_steps(state.max_steps),
+                quiet=args.process_index != 0,
+            )
+            if args.sanity
+            else None
+        )
         if trainer._resumed_from is not None:
             trainer._load_progress(trainer._resumed_from)
         elif args.world_size > 1:
@@ -608,6 +708,27 @@ class _StepCallback(TrainerCallback):
                 break
 
 
+def _check_arguments(model: nn.Module, args: VLPTrainingArguments) -> None:
+    """Refuses or warns of arguments that would not do what they say with this model."""
+    two_halves = hasattr(model, "embed") and hasattr(model, "objective")
+    if args.grad_cache_chunk_size < 0:
+        raise ValueError(f"--grad_cache_chunk_size must not be negative, not {args.grad_cache_chunk_size}")
+    if args.grad_cache_chunk_size and not two_halves:
+        raise ValueError(
+            f"--grad_cache_chunk_size: {type(model).__name__} has no embed/objective halves to cache between; leave "
+            "it out, and use --gradient_accumulation_steps or --activation_checkpointing to save memory"
+        )
+    contrastive = two_halves or "itc" in getattr(getattr(model, "settings", None), "objectives", ())
+    if args.gradient_accumulation_steps > 1 and contrastive:
+        logger.warning(
+            "--gradient_accumulation_steps %d: a contrastive loss compares the pairs of one micro-batch only, so "
+            "accumulating is not the same as a batch %d times as large%s",
+            args.gradient_accumulation_steps,
+            args.gradient_accumulation_steps,
+            "; --grad_cache_chunk_size is" if two_halves else "",
+        )
+
+
 def logged_values(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Loss terms of an output, and the other scalars that belong in the log."""
     scalars = {
@@ -618,4 +739,4 @@ def logged_values(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
     return {**loss_terms(outputs), **scalars}
 
 
-__all__ = ["VLPTrainer", "gather_object", "logged_values"]
+__all__ = ["VLPTrainer", "logged_values"]
