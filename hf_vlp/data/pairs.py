@@ -96,7 +96,12 @@ def make_record(
         transform: augmentation of its image.
         text_index: the text to take instead of drawing one.
         key: name of the record if the row has none.
+
+    Raises:
+        ValueError: the row has no `image` or no `text`.
     """
+    if "image" not in row or "text" not in row:
+        raise ValueError(f"a row needs 'image' and 'text' but has {sorted(row)}; load rows by hf_vlp.data.load_pairs")
     texts = texts_of(row["text"])
     if text_index is None and texts:
         text_index = drawn_text(seed, epoch, index, len(texts))

@@ -28,7 +28,7 @@ REASONS: dict[str, str] = {
     "text_empty": "the text is empty or blank",
     "text_not_unicode": "the text holds characters that no encoding of Unicode can store",
     "record_unparsable": "a line or member of the source could not be read as a record",
-    "shard_truncated": "a tar ends before its end marker; the records behind that point are lost",
+    "shard_broken": "a tar is damaged or ends before its end marker; the records behind that point are lost",
     "processor_failed": "the processor could not use the record",
 }
 

@@ -1,0 +1,113 @@
+"""Which column of a source is the image, which the text: by name, by guess, or an error that says what to write."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+# Schema -> role -> names that are taken for it, first come first taken. A role in REQUIRED must be found.
+_IMAGE = (
+    "image",
+    "img",
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "picture",
+    "photo",
+    "image_bytes",
+    "image_path",
+    "img_path",
+    "image_file",
+    "image_filename",
+    "file_name",
+    "filename",
+    "filepath",
+    "file",
+    "path",
+)
+_TEXT = (
+    "text",
+    "texts",
+    "caption",
+    "captions",
+    "txt",
+    "sentence",
+    "sentences",
+    "alt_text",
+    "alt",
+    "title",
+    "description",
+    "prompt",
+)
+_IMAGE_ID = ("image_id", "imgid", "img_id", "cocoid")
+PAIRS: dict[str, tuple[str, ...]] = {"image": _IMAGE, "text": _TEXT, "image_id": _IMAGE_ID}
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "image": _IMAGE,
+    "question": ("question", "questions", "query"),
+    "answers": ("answers", "answer", "multiple_choice_answer", "label"),
+    "image_id": _IMAGE_ID,
+    "question_type": ("question_type",),
+    "answer_type": ("answer_type",),
+}
+REQUIRED = frozenset({"image", "text", "question", "answers"})
+
+
+def choose_columns(
+    available: Sequence[str],
+    given: Mapping[str, str] | None,
+    schema: Mapping[str, Sequence[str]],
+    where: str,
+    image_like: Iterable[str] = (),
+) -> dict[str, str]:
+    """Role -> column of the source.
+
+    Args:
+        available: the source's columns.
+        given: the user's choice for some roles, `{"text": "text_zh"}`.
+        schema: `PAIRS` or `QUESTIONS`.
+        where: name of the source, for errors.
+        image_like: columns whose type says that they hold images, taken if no name does.
+
+    Raises:
+        ValueError: a role that there is not, a column that there is not, or a required role that nothing was found
+            for; the message lists the columns and says what to write.
+    """
+    given = dict(given or {})
+    unknown = sorted(set(given) - set(schema))
+    if unknown:
+        raise ValueError(
+            f"columns={given}: {unknown[0]!r} is no role; map the roles {', '.join(schema)} to columns of the data"
+        )
+    for role, column in given.items():
+        if column not in available:
+            raise ValueError(f"columns: {where} has no column {column!r} for {role!r}; it has {_listed(available)}")
+    chosen = dict(given)
+    lower = {name.lower(): name for name in reversed(available)}
+    for role, names in schema.items():
+        if role in chosen:
+            continue
+        taken = set(chosen.values())
+        found = [lower[name] for name in names if name in lower and lower[name] not in taken]
+        if role == "image" and not found:
+            found = [name for name in image_like if name not in taken]
+        # "json.caption" in a tar is the caption of the record's JSON member.
+        found = found or [name for word in names for name in available if name.lower() == f"json.{word}"]
+        if found:
+            chosen[role] = found[0]
+        elif role in REQUIRED:
+            raise ValueError(_not_found(role, available, where))
+    return chosen
+
+
+def _not_found(role: str, available: Sequence[str], where: str) -> str:
+    lower = {name.lower() for name in available}
+    message = (
+        f"{where}: no column looks like the {role}. It has {_listed(available)}. Say which one it is: "
+        f'columns={{"{role}": "…"}} (in a script or on the command line: --columns {role}=…)'
+    )
+    if role == "image" and lower & {"url", "urls", "image_url", "img_url", "jpg_0"}:
+        message += ". The data holds addresses of images, not images: download them first, for instance by img2dataset"
+    return message
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in list(names)[:40])
+    return f"the columns {shown}" if names else "no columns"
