@@ -56,20 +56,21 @@ def load_pairs(
     """Image-text pairs of a source, as rows with `image` (not decoded), `text` (a string or a list of strings),
     `source`, `key`, `image_id` where the source has one, and `problem` where a file's record could not be read whole.
 
-    | `spec` | is |
-    |---|---|
-    | `"shapes"`, `"shapes:simple"` | the built-in world, with a preset |
-    | a folder | parquet files; tars; `metadata.jsonl`/`.csv` beside images; images with `.txt` files; JSON lines, CSV \
-or JSON files; or a dataset written by `save_to_disk` |
-    | a file | parquet, JSON lines, CSV/TSV, tar (also gzipped), JSON: a list of records, COCO captions, Karpathy |
-    | `"org/name"`, `"org/name:config"` | a data set on the Hub |
+    `spec` is one of
+
+    - `"shapes"` or `"shapes:simple"`: the built-in world, with a preset;
+    - a folder with parquet files, tars, `metadata.jsonl` or `.csv` beside images, JSON lines, CSV or JSON files, images
+      with `.txt` files beside them, or a dataset written by `save_to_disk` (the first of these that is found);
+    - a file: parquet, JSON lines, CSV, TSV, tar (also gzipped), or JSON (a list of records, COCO captions, Karpathy);
+    - `"org/name"` or `"org/name:config"`: a data set on the Hub.
 
     Args:
-        spec: see the table.
+        spec: see above.
         split: `"train"`, `"validation"`, `"test"`, …; a part of one such as `"train[:1000]"`; or `"all"`. The split of
             a file is what its name or its folder's says, train if none says anything.
         streaming: give an `IterableDataset`, which reads as it goes.
-        columns: role -> column, for what the names do not give away: `{"text": "text_zh"}`. Roles: image, text, image_id.
+        columns: role -> column, for what the names do not give away: `{"text": "text_zh"}`. The roles are
+            image, text and image_id.
         image_root: folder that the image paths of a file start from; the file's own folder if left out.
         seed: of Shapes; no other source is random.
         shapes_options: `size`, `preset`, `unique` and the fields of `ShapesConfig`.
@@ -241,9 +242,10 @@ class _Folder:
             return self._images(())
         if documents := [path for path in files if path.suffix == ".json"]:
             if len(documents) > 1:
+                names = ", ".join(path.name for path in documents[:5])
                 raise ValueError(
-                    f"{self.folder} holds {len(documents)} JSON files ({', '.join(path.name for path in documents[:5])}"
-                    f"); name the one to read, and the images' folder as image_root"
+                    f"{self.folder} holds {len(documents)} JSON files ({names}); name the one to read, and "
+                    f"the images' folder as image_root"
                 )
             root = self.root or self.folder
             return _file(documents[0], self.split, self.schema, self.streaming, self.columns, root)
@@ -313,8 +315,8 @@ def _from_hub(
         loaded = datasets.load_dataset(name, config or None, split=base, streaming=streaming)
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"{spec!r} is neither 'shapes', nor a file or folder here (seen from {os.getcwd()}), nor a data set that the "
-            f"Hub gives: {error}"
+            f"{spec!r} is neither 'shapes', nor a file or folder here (seen from {os.getcwd()}), nor a data set that "
+            f"the Hub gives: {error}"
         ) from error
     return _part(as_rows(loaded, schema, columns, root, spec), part)
 
@@ -384,8 +386,8 @@ def _check_images(maker: RowMaker, reader: Any, root: Path | None, where: str) -
     if named and not any(os.path.exists(path) for path in named):
         given = "" if root is None else f", image_root={str(root)!r}"
         raise ValueError(
-            f"{where}{given}: none of the first {len(named)} images is there, for instance {named[0]!r}; give the folder "
-            f"that the paths start from as image_root"
+            f"{where}{given}: none of the first {len(named)} images is there, for instance {named[0]!r}; give the "
+            f"folder that the paths start from as image_root"
         )
     if paths and all(path is not None and path.startswith(("http://", "https://")) for path in paths):
         raise ValueError(

@@ -46,8 +46,6 @@ def as_rows(
     features = _features(rows, where)
     if _is_string(features["image"]):
         rows = rows.map(_rooted, fn_kwargs={"root": root})
-    elif isinstance(features["image"], dict):
-        pass
     for name, feature in features.items():
         if isinstance(feature, Image) or name == "image":
             rows = rows.cast_column(name, Image(decode=False))
