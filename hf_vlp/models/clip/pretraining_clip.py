@@ -13,13 +13,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CLIPTextModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from hf_vlp.models.catalog import ARCHITECTURES, architecture_of
+from hf_vlp.models.clip.modeling_clip import pooled_token_id
 from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin
-from hf_vlp.objectives.contrastive import contrastive_loss, sigmoid_loss
+from hf_vlp.objectives.contrastive import GatherKeys, contrastive_loss, sigmoid_loss
 from hf_vlp.objectives.distributed import world
 
 # Largest inverse temperature (2103.00020, section 2.5); the smallest is 1, as in the recipes.
@@ -36,7 +37,8 @@ class ContrastiveSettings:
     Attributes:
         loss: `"softmax"` (CLIP, equation of figure 3) or `"sigmoid"` (SigLIP, equation 1).
         label_smoothing: of the softmax targets; by default the recipe's, which is 0.1 for ALIGN and 0 for the others.
-        gather_keys: `"exact"` gradient through the other ranks' features, `"detached"`, or `"local"` negatives only.
+        gather_keys: how the features of other ranks take part in the softmax, see
+            `hf_vlp.objectives.contrastive.contrastive_loss`; `"exact"` is the gradient of one process.
         tile_size: rows computed at a time, for batches whose similarity matrix would not fit; None computes it whole.
         init_logit_scale: logarithm of the initial inverse temperature of a model from scratch; None keeps the model's.
         init_logit_bias: initial bias of the sigmoid loss.
@@ -44,7 +46,7 @@ class ContrastiveSettings:
 
     loss: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: float | None = None
-    gather_keys: Literal["exact", "detached", "local"] = "exact"
+    gather_keys: GatherKeys = "exact"
     tile_size: int | None = None
     init_logit_scale: float | None = None
     init_logit_bias: float = -10.0
@@ -231,6 +233,40 @@ class CLIPForPreTraining(PreTrainingMixin, PreTrainedModel):
             self.model.temperature.data.clamp_(min=1 / MAX_LOGIT_SCALE)
         else:
             self.model.logit_scale.data.clamp_(0, math.log(MAX_LOGIT_SCALE))
+
+    def check_processor(self, processor: Any) -> None:
+        """Compares a processor with the model, before anything is trained with it.
+
+        Args:
+            processor: has `tokenizer`, and `image_processor` with a crop size.
+
+        Raises:
+            ValueError: ids that the text tower does not have, another end token than it pools, no padding token, or
+                images of another size. The message names both sides.
+        """
+        tokenizer, text = processor.tokenizer, self.model.config.text_config
+        problems = []
+        if len(tokenizer) > text.vocab_size:
+            problems.append(f"the tokenizer has {len(tokenizer)} ids, text_config.vocab_size is {text.vocab_size}")
+        if tokenizer.pad_token_id is None:
+            problems.append("the tokenizer has no padding token; set tokenizer.pad_token")
+        if isinstance(self.model.text_model, CLIPTextModel):
+            pooled = pooled_token_id(self.model.text_model)
+            highest = len(tokenizer) - 1
+            if tokenizer.eos_token_id != (highest if pooled is None else pooled):
+                wanted = f"the highest id ({highest})" if pooled is None else f"text_config.eos_token_id ({pooled})"
+                problems.append(
+                    f"the text tower pools {wanted}, but the tokenizer ends texts with id {tokenizer.eos_token_id}"
+                )
+        size = getattr(processor.image_processor, "crop_size", None)
+        image_size = self.model.config.vision_config.image_size
+        if self.model.config.model_type != "align" and size and (size["height"], size["width"]) != (image_size,) * 2:
+            problems.append(
+                f"the processor crops images to {size['height']} x {size['width']}, vision_config.image_size is "
+                f"{image_size}"
+            )
+        if problems:
+            raise ValueError(f"processor and model do not fit: {'; '.join(problems)}")
 
     def train(self, mode: bool = True) -> "CLIPForPreTraining":
         """Sets the mode; a tower of which nothing trains stays in eval mode, so that its output cannot drift."""

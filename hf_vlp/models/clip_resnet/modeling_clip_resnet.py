@@ -84,6 +84,10 @@ def normalize(features: Tensor) -> Tensor:
     return features / features.norm(dim=-1, keepdim=True)
 
 
+class CLIPResNetLastNorm(nn.BatchNorm2d):
+    """The norm that ends a block's branch. It starts at zero, so that every block starts as the identity."""
+
+
 class CLIPResNetBottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolution, all of stride 1; a stride is an average pooling in front of the last one."""
 
@@ -95,7 +99,7 @@ class CLIPResNetBottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(planes, planes * EXPANSION, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(planes * EXPANSION)
+        self.bn3 = CLIPResNetLastNorm(planes * EXPANSION)
         self.downsample = None
         if stride > 1 or inplanes != planes * EXPANSION:
             self.downsample = nn.Sequential()
@@ -159,8 +163,8 @@ class CLIPResNetPreTrainedModel(PreTrainedModel):
             # What torch draws by default, as in the original.
             bound = module.weight[0].numel() ** -0.5
             init.uniform_(module.weight, -bound, bound)
-        elif isinstance(module, CLIPResNetBottleneck):
-            init.zeros_(module.bn3.weight)
+        elif isinstance(module, CLIPResNetLastNorm):
+            init.zeros_(module.weight)
         elif isinstance(module, CLIPResNetAttentionPool):
             std = factor * module.c_proj.in_features**-0.5
             init.normal_(module.positional_embedding, std=std)
