@@ -101,11 +101,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # 4. Train, evaluate, export
     trainer.train()
-    metrics = trainer.evaluate() if eval_rows is not None else {}
-    trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
-    trainer.export()
-    return metrics
+    return trainer.finish()
 
 
 if __name__ == "__main__":

@@ -55,9 +55,13 @@ class PreTrainingMixin:
         """
         folder = Path(folder)
         self.inference_model.save_pretrained(folder, **save_kwargs)
+        self.save_extras(folder)
+
+    def save_extras(self, folder: str | Path) -> None:
+        """Writes the training-only state to `EXTRAS_FILE` in `folder`; nothing if there is none."""
         extras = {name: value.detach().cpu().contiguous().clone() for name, value in self.pretraining_extras().items()}
         if extras:
-            save_file(extras, folder / EXTRAS_FILE, metadata={"format": "pt", "class": type(self).__name__})
+            save_file(extras, Path(folder) / EXTRAS_FILE, metadata={"format": "pt", "class": type(self).__name__})
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

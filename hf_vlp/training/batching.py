@@ -5,18 +5,13 @@ batch `b` see, step by step, the records of one process with batch `N * b`, and 
 Nothing here draws from the global random generators.
 """
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-
-def derived_seed(*parts: int | str) -> int:
-    """A 63-bit seed from whatever names a draw, e.g. `derived_seed(seed, "step", 12)`; equal on every machine."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+from hf_vlp.data.hashing import stable_hash
 
 
 def part_of(count: int, rank: int, world_size: int) -> slice:
@@ -100,7 +95,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
     def _order(self) -> torch.Tensor:
         if not self.shuffle:
             return torch.arange(self.length)
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", self.epoch))
+        generator = torch.Generator().manual_seed(stable_hash(self.seed, "order", self.epoch))
         return torch.randperm(self.length, generator=generator)
 
 
@@ -169,7 +164,7 @@ def data_loader(
     The loader has its own generator, so that making an iterator (which draws a seed for the workers) leaves the global
     generators alone.
     """
-    options["generator"] = torch.Generator().manual_seed(derived_seed(seed, "workers"))
+    options["generator"] = torch.Generator().manual_seed(stable_hash(seed, "workers"))
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         stream = GlobalStream(dataset, batch_size, rank=rank, world_size=world_size, drop_last=drop_last)
         return DataLoader(stream, batch_size=None, collate_fn=collator, **options)

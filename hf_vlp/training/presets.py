@@ -14,6 +14,13 @@ _TOWERS: dict[str, dict[str, tuple[int, int, int]]] = {
     "base": {"vision": (768, 12, 12), "text": (512, 12, 8)},
     "large": {"vision": (1024, 24, 16), "text": (768, 12, 12)},
 }
+_QFORMERS = {
+    "nano": (128, 4, 4),
+    "tiny": (192, 6, 3),
+    "small": (384, 6, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
 _JOINT = {"nano": 128, "tiny": 192, "small": 384, "base": 512, "large": 768}
 _RESNETS: dict[str, dict[str, Any]] = {
     "nano": {"layers": [1, 1, 1, 1], "width": 16},
@@ -166,3 +173,29 @@ def new_clip_processor(
 
     tokenizer = tokenizer or train_clip_tokenizer(texts, vocab_size, context_length)
     return CLIPProcessor.for_image_size(tokenizer, image_size)
+
+
+def new_bert_tokenizer(texts: Iterable[str], vocab_size: int = 8192, max_length: int = 64) -> Any:
+    """A WordPiece tokenizer for the Q-Former's texts, trained on `texts`."""
+    from hf_vlp.data.tokenizers import train_bert_tokenizer
+
+    return train_bert_tokenizer(texts, vocab_size, max_length=max_length)
+
+
+def qformer_config(size: str, max_length: int = 512) -> PreTrainedConfig:
+    """Sizes of a Q-Former from scratch, as the config of the BERT that it would have started from.
+
+    Args:
+        size: one of `SIZES`; `"base"` is BERT-base, as in the paper.
+        max_length: longest text in tokens.
+    """
+    from transformers import BertConfig
+
+    width, layers, heads = _QFORMERS[_known(size)]
+    return BertConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=max_length,
+    )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from hf_vlp.training.checkpoints import random_state, set_random_state
 from hf_vlp.training.terms import TermMeter, loss_terms
@@ -169,7 +170,8 @@ class SanityPass:
         """Prints the table and logs the warnings."""
         if self.quiet or not checks:
             return
-        print(table(checks, step), flush=True)
+        # Not `print`, which would tear the progress bar.
+        tqdm.write(table(checks, step))
         for warning in warnings_of(checks, warmed_up=step >= self.check_step):
             logger.warning("%s", warning)
 

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -25,18 +26,21 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
+from transformers import ProcessorMixin, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
+from hf_vlp.data.hashing import stable_hash
 from hf_vlp.data.records import RecordLimits, RecordReport
+from hf_vlp.models.catalog import ARCHITECTURES
 from hf_vlp.models.pretraining import PreTrainingMixin
 from hf_vlp.objectives.distributed import exchange_integers
 from hf_vlp.objectives.gradient_cache import cached_step
 from hf_vlp.training import checkpoints
 from hf_vlp.training.arguments import VLPTrainingArguments, run_settings
-from hf_vlp.training.batching import data_loader, derived_seed
+from hf_vlp.training.batching import data_loader
 from hf_vlp.training.freezing import keep_frozen_in_eval
+from hf_vlp.training.lora import ADAPTER_FOLDER, lora_layers, save_adapter
 from hf_vlp.training.optimization import check_master_weights, parameter_groups, parse_rates
 from hf_vlp.training.sanity import SanityPass, check_batch
 from hf_vlp.training.terms import TermMeter, loss_terms
@@ -48,6 +52,8 @@ STATE_FILE = "trainer_state.json"
 RECORD_REPORT = "record_report"
 # Scalars of an output that are worth a curve although they are no losses.
 _LOGGED_SCALARS = ("logit_scale", "temperature")
+# Ends of the names under which `evaluate` reports its own speed.
+_SPEED = ("_runtime", "_per_second")
 
 
 class VLPTrainer(Trainer):
@@ -106,8 +112,9 @@ class VLPTrainer(Trainer):
             processing_class=processing_class,
             callbacks=[_StepCallback(self), *(callbacks or [])],
         )
-        # Losses are means of the micro-batch; `compute_loss` weighs micro-batches itself.
+        # Losses are means of the micro-batch; `compute_loss` weighs micro-batches and ranks itself.
         self.model_accepts_loss_kwargs = False
+        self._loss_is_local = not hasattr(model, "accepts_loss_kwargs")
         parameter_groups(
             model,
             learning_rate=args.learning_rate,
@@ -163,7 +170,8 @@ class VLPTrainer(Trainer):
                 batches.append(next(epoch_iterator))
             except StopIteration:
                 break
-        micro = [_MicroBatch.of(batch, index) for index, batch in enumerate(batches)]
+        shifted = self._loss_shifts_labels
+        micro = [_MicroBatch.of(batch, index, shifted=shifted) for index, batch in enumerate(batches)]
         self._agree(micro, device)
         self._count_records(micro, device)
         # A skipped batch must not be the last one: gradients are averaged over ranks in the last backward.
@@ -176,7 +184,9 @@ class VLPTrainer(Trainer):
         table = exchange_integers([value for batch in micro for value in (batch.usable, batch.targets)], device)
         for index, batch in enumerate(micro):
             batch.skip = not all(row[2 * index] for row in table)
-            batch.targets = sum(row[2 * index + 1] for row in table)
+            everyone = sum(row[2 * index + 1] for row in table)
+            batch.share = batch.targets * len(table) / everyone if everyone else 1.0
+            batch.targets = everyone
         total = sum(batch.targets for batch in micro if not batch.skip)
         used = sum(not batch.skip for batch in micro)
         for batch in micro:
@@ -275,8 +285,10 @@ class VLPTrainer(Trainer):
             )
         if self._micro is not None:
             self.terms.add(logged_values(outputs))
-            if self._micro.weight != 1:
-                loss = loss * self._micro.weight
+            # A foreign model's loss is a mean over this rank's tokens; ours are over those of all ranks already.
+            weight = self._micro.weight * (self._micro.share if self._loss_is_local else 1.0)
+            if weight != 1:
+                loss = loss * weight
         return (loss, outputs) if return_outputs else loss
 
     def _generator_argument(self) -> dict[str, torch.Generator]:
@@ -284,7 +296,7 @@ class VLPTrainer(Trainer):
         if not self._takes_generator:
             return {}
         index = self._micro.index if self._micro is not None else "eval"
-        seed = derived_seed(self.args.seed, "objective", self.state.global_step, index)
+        seed = stable_hash(self.args.seed, "objective", self.state.global_step, index)
         return {"generator": torch.Generator(self.args.device).manual_seed(seed)}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -607,11 +619,18 @@ class VLPTrainer(Trainer):
         if report.bad_total and self.args.process_index == 0:
             logger.warning("records of this run (each epoch counts again):\n%s", report.table())
 
-    def export(self, folder: str | Path | None = None) -> Path:
-        """Writes the model that the world should load, with its processor; on the main process only.
+    def export(
+        self, folder: str | Path | None = None, *, metrics: Mapping[str, float] | None = None, card: Any = None
+    ) -> Path:
+        """Writes the model that the world should load, with processor, generation config and model card.
+
+        LoRA adapters are merged, and written alone beside the model. Training-only state (heads, temperature) goes to
+        the side file from which a later stage starts.
 
         Args:
             folder: by default `<output_dir>/model`.
+            metrics: for the card.
+            card: a `hf_vlp.hub.CardData`; by default one that tells the recipe of this run.
 
         Returns:
             The folder.
@@ -619,15 +638,56 @@ class VLPTrainer(Trainer):
         folder = Path(folder or Path(self.args.output_dir) / "model")
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            folder.mkdir(parents=True, exist_ok=True)
-            if isinstance(model, PreTrainingMixin):
-                model.export(folder)
-            elif isinstance(model, PreTrainedModel):
-                model.save_pretrained(folder)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+            export_model(model, self.processing_class, folder, card or self._card(metrics or {}))
         self.accelerator.wait_for_everyone()
         return folder
+
+    def _card(self, metrics: Mapping[str, float]) -> Any:
+        from hf_vlp.hub import CardData, Metric, recipe_of
+
+        data = self.extra_settings.get("data", {})
+        name = str(data.get("train_data", "unnamed data"))
+        evaluated = str(getattr(self.evaluator, "name", None) or name)
+        return CardData(
+            data=name,
+            recipe={self.args.stage or "training": recipe_of(self.args)},
+            command=" ".join([*(["accelerate launch"] if self.args.world_size > 1 else ["python"]), *sys.argv]),
+            metrics=[
+                Metric(name=key.removeprefix("eval_"), value=float(value), dataset=evaluated)
+                for key, value in metrics.items()
+                if isinstance(value, int | float) and math.isfinite(value) and not key.endswith(_SPEED)
+            ],
+        )
+
+    def finish(self) -> dict[str, float]:
+        """What every script does after training: evaluates, writes `eval_results.json`, exports; gives the metrics."""
+        metrics: dict[str, float] = {}
+        if self.eval_dataset is not None or self.evaluator is not None:
+            metrics = self.evaluate()
+            self.log_metrics("eval", metrics)
+            self.save_metrics("eval", metrics, combined=False)
+        folder = self.export(metrics=metrics)
+        if self.args.process_index == 0:
+            print(f"The model is in {folder}")
+        return metrics
+
+
+def export_model(model: nn.Module, processor: Any, folder: Path, card: Any = None) -> None:
+    """Saves a trained model for use: see `VLPTrainer.export`. A type outside the catalogue is saved as it is."""
+    from hf_vlp.hub import save_for_hub
+
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in ARCHITECTURES:
+        save_for_hub(model, processor, folder, card=card)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+    if isinstance(model, PreTrainingMixin):
+        model.save_extras(folder)
+    if lora_layers(model):
+        save_adapter(model, folder / ADAPTER_FOLDER)
 
 
 class _Hidden:
@@ -648,6 +708,7 @@ class _MicroBatch:
         usable: whether this rank has a good record in it.
         has_labels: whether it is for a language loss over `labels`.
         targets: supervised tokens (rows without labels) of this rank, after `_agree` of all ranks.
+        share: this rank's targets over the mean of all ranks'.
         rows: good records of this rank.
         skip: whether all ranks leave it out.
         weight: factor of its loss, whose mean over the micro-batches of the step is 1.
@@ -662,17 +723,20 @@ class _MicroBatch:
         self.report = report
         self.usable = rows > 0
         self.skip = False
+        self.share = 1.0
         self.weight = 1.0
 
     @classmethod
-    def of(cls, batch: dict[str, Any], index: int) -> "_MicroBatch":
-        """Describes a batch and takes the report out of it."""
+    def of(cls, batch: dict[str, Any], index: int, *, shifted: bool = False) -> "_MicroBatch":
+        """Describes a batch and takes the report out of it; `shifted`: the first label of a row is no target."""
         report = batch.pop(RECORD_REPORT, None)
         tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
         rows = len(tensors[0]) if tensors else 0
         labels = batch.get("labels")
-        targets = int((labels != -100).sum()) if isinstance(labels, Tensor) else rows
-        return cls(index, rows, targets, isinstance(labels, Tensor), report)
+        if isinstance(labels, Tensor):
+            labels = labels[..., 1:] if shifted else labels
+            return cls(index, rows, int((labels != -100).sum()), True, report)
+        return cls(index, rows, rows, False, report)
 
 
 class _StepCallback(TrainerCallback):
@@ -698,7 +762,7 @@ class _StepCallback(TrainerCallback):
             trainer._load_progress(trainer._resumed_from)
         elif args.world_size > 1:
             # Other dropout masks on each rank; a resumed run restores each rank's own state.
-            torch.manual_seed(derived_seed(args.seed, "rank", args.process_index))
+            torch.manual_seed(stable_hash(args.seed, "rank", args.process_index))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)

@@ -1,0 +1,74 @@
+"""Texts alone, for training the small language model that stage 2 of BLIP-2 then keeps frozen."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from hf_vlp.data.hashing import drawn_text
+from hf_vlp.data.records import texts_of
+
+# What ends a caption for OPT in stage 2, so the language model should have seen it as an end.
+STOP = "\n"
+
+
+class TextDataset(Dataset):
+    """One text a row and epoch, drawn by (seed, epoch, index); images are not touched.
+
+    Args:
+        rows: with a `text` column (a string or a list).
+        seed: of the draws.
+
+    Raises:
+        ValueError: a row has no text.
+    """
+
+    def __init__(self, rows: Any, *, seed: int = 0) -> None:
+        self.rows = rows.select_columns(["text"]) if hasattr(rows, "select_columns") else rows
+        self.seed = seed
+        # Shared, so that workers that live on between epochs see the new one.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws other texts."""
+        self._epoch[0] = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> str:
+        texts = [text for text in texts_of(self.rows[int(index)]["text"]) if isinstance(text, str) and text.strip()]
+        if not texts:
+            raise ValueError(f"row {index} has no text to train a language model on")
+        return texts[drawn_text(self.seed, int(self._epoch[0]), int(index), len(texts))].strip()
+
+
+class TextCollator:
+    """A batch for a causal language model: `input_ids`, `attention_mask`, `labels` (-100 at padding).
+
+    A text is preceded by the tokenizer's begin token and followed by the token that ends a caption in stage 2, a
+    newline where the vocabulary has one, else the end token.
+
+    Args:
+        tokenizer: of the language model, with a padding token.
+        max_length: most tokens of a text.
+    """
+
+    def __init__(self, tokenizer: Any, *, max_length: int | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        stop = tokenizer(STOP, add_special_tokens=False)["input_ids"]
+        self.stop = stop[0] if len(stop) == 1 else tokenizer.eos_token_id
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        rows = []
+        for text in texts:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            rows.append(([*start, *ids, self.stop])[: self.max_length])
+        longest = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in rows])
+        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in rows])
+        return {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}

@@ -1,0 +1,103 @@
+r"""Stage 2 of BLIP-2 (arXiv 2301.12597, section 3.2): the Q-Former speaks to a frozen language model.
+
+On the built-in Shapes, on two CPU cores, after stage 1 and training_scripts/language_model.py:
+    python training_scripts/blip2_stage2.py --config training_scripts/blip2_stage2_cpu.yaml \
+        --stage1 outputs/stage1/model --language_model outputs/opt --output_dir outputs/stage2
+The paper's setting (16 A100 40G, under 3 days):
+    accelerate launch --num_processes 16 training_scripts/blip2_stage2.py \
+        --config training_scripts/blip2_stage2_paper.yaml --stage1 outputs/stage1/model \
+        --language_model facebook/opt-2.7b --train_data path/to/pairs --output_dir outputs/stage2
+
+A model that knows nothing has a loss of ln of the vocabulary (10.8 for OPT); a language model that does not see the
+image stays near the entropy of the captions. --lora_r 8 trains adapters in the language model as well.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from transformers import AutoTokenizer, set_seed
+
+from hf_vlp.data import CaptioningCollator
+from hf_vlp.models.blip2.modeling_blip_2 import Blip2ForConditionalGeneration
+from hf_vlp.models.blip2.processing_blip_2 import Blip2Processor
+from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, apply_stage, parse_arguments
+from hf_vlp.training.arguments import option, run_settings
+from hf_vlp.training.data import main_process_first, pair_dataset
+from hf_vlp.training.evaluators import CaptioningEvaluator
+from hf_vlp.training.lora import LoraArguments, add_lora, language_model_options
+
+
+@dataclass
+class ModelArguments:
+    """Stage 1, and the language model behind it."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    model_name_or_path: str | None = option(None, "Stage-2 folder or Hub id to go on from (native BLIP-2).")
+    stage1: str | None = option(None, "Stage-1 folder or Hub id to start from.")
+    language_model: str | None = option(None, "Folder or Hub id of a causal or encoder-decoder language model.")
+    prompt: str = option("", "Words in front of every caption that are read but not learnt.")
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    data, model_args, lora, args = parse_arguments(
+        (DataArguments, ModelArguments, LoraArguments, VLPTrainingArguments), argv, description=__doc__
+    )
+    if not model_args.model_name_or_path and not (model_args.stage1 and model_args.language_model):
+        raise SystemExit(
+            "blip2_stage2.py: --stage1 and --language_model are missing (or --model_name_or_path to go on)"
+        )
+    set_seed(args.seed)
+
+    # 1. Data
+    with main_process_first(args):
+        rows, eval_rows = data.train_rows(), data.eval_rows()
+
+    # 2. Processor and model
+    if model_args.model_name_or_path:
+        processor = Blip2Processor.from_pretrained(model_args.model_name_or_path)
+        model = Blip2ForConditionalGeneration.from_pretrained(
+            model_args.model_name_or_path, **({"dtype": "float32"} | language_model_options(lora))
+        )
+    else:
+        stage1 = Blip2Processor.from_pretrained(model_args.stage1)
+        tokenizer = AutoTokenizer.from_pretrained(model_args.language_model)
+        stage1_queries = Blip2ForConditionalGeneration.config_class.from_pretrained(model_args.stage1).num_query_tokens
+        processor = Blip2Processor.for_language_model(
+            tokenizer, stage1_queries, image_processor=stage1.image_processor
+        )
+        model = Blip2ForConditionalGeneration.from_stage1(
+            model_args.stage1, model_args.language_model, processor, **language_model_options(lora)
+        )
+    print(apply_stage(model, args.stage or "stage2"))
+    adapted = add_lora(model, lora)
+    if adapted:
+        print(f"  LoRA of rank {lora.lora_r} on {len(adapted)} layers of the language model, e.g. {adapted[0]}")
+
+    # 3. Trainer
+    trainer = VLPTrainer(
+        model,
+        args,
+        CaptioningCollator(processor, prompt=model_args.prompt, max_length=data.max_length, limits=data.limits),
+        pair_dataset(rows, seed=args.seed, transform=data.transform(model.config.vision_config.image_size)),
+        pair_dataset(eval_rows, seed=args.seed) if eval_rows is not None else None,
+        processing_class=processor,
+        evaluator=CaptioningEvaluator(
+            processor, eval_rows, args.per_device_eval_batch_size, {"prompt": model_args.prompt}
+        )
+        if eval_rows is not None
+        else None,
+        settings={
+            "data": run_settings(data),
+            "model_arguments": run_settings(model_args),
+            "lora": run_settings(lora),
+        },
+    )
+
+    # 4. Train, evaluate, export
+    trainer.train()
+    return trainer.finish()
+
+
+if __name__ == "__main__":
+    main()

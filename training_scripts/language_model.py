@@ -1,0 +1,90 @@
+r"""Trains a small causal language model (OPT) on the texts of image-text pairs, for stage 2 where none is at hand.
+
+On the built-in Shapes, on two CPU cores, in a few minutes:
+    python training_scripts/language_model.py --config training_scripts/language_model_cpu.yaml \
+        --output_dir outputs/opt
+
+BLIP-2 takes a language model that was trained on text at large; this one knows nothing but the captions' language. The
+loss starts at ln of the vocabulary and ends near the entropy of the captions.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, set_seed
+
+from hf_vlp.data.tokenizers import train_opt_tokenizer
+from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, parse_arguments
+from hf_vlp.training.arguments import option, run_settings
+from hf_vlp.training.data import main_process_first, texts_of_rows
+from hf_vlp.training.text import TextCollator, TextDataset
+
+
+@dataclass
+class ModelArguments:
+    """The language model."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    model_name_or_path: str | None = option(None, "Folder or Hub id to go on from; left out: from scratch.")
+    hidden_size: int = option(128, "Width, from scratch.")
+    num_hidden_layers: int = option(4, "Layers, from scratch.")
+    num_attention_heads: int = option(4, "Heads, from scratch.")
+    max_position_embeddings: int = option(256, "Longest sequence in tokens, the image's queries included.")
+    vocab_size: int = option(2048, "Vocabulary of a trained tokenizer, at most.")
+    dropout: float = option(0.0, "Dropout, from scratch.")
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    data, model_args, args = parse_arguments(
+        (DataArguments, ModelArguments, VLPTrainingArguments), argv, description=__doc__
+    )
+    # There is no image that a loss could miss.
+    args.sanity = False
+    set_seed(args.seed)
+
+    # 1. Data
+    with main_process_first(args):
+        rows, eval_rows = data.train_rows(), data.eval_rows()
+
+    # 2. Tokenizer and model
+    if model_args.model_name_or_path:
+        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+        model = OPTForCausalLM.from_pretrained(model_args.model_name_or_path, dtype="float32")
+    else:
+        tokenizer = train_opt_tokenizer(
+            texts_of_rows(rows), model_args.vocab_size, max_length=model_args.max_position_embeddings
+        )
+        config = OPTConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=model_args.hidden_size,
+            word_embed_proj_dim=model_args.hidden_size,
+            ffn_dim=4 * model_args.hidden_size,
+            num_hidden_layers=model_args.num_hidden_layers,
+            num_attention_heads=model_args.num_attention_heads,
+            max_position_embeddings=model_args.max_position_embeddings,
+            dropout=model_args.dropout,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model = OPTForCausalLM(config)
+
+    # 3. Trainer
+    trainer = VLPTrainer(
+        model,
+        args,
+        TextCollator(tokenizer, max_length=data.max_length),
+        TextDataset(rows, seed=args.seed),
+        TextDataset(eval_rows, seed=args.seed) if eval_rows is not None else None,
+        processing_class=tokenizer,
+        settings={"data": run_settings(data), "model_arguments": run_settings(model_args)},
+    )
+
+    # 4. Train, evaluate, save
+    trainer.train()
+    return trainer.finish()
+
+
+if __name__ == "__main__":
+    main()
