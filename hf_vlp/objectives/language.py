@@ -73,8 +73,8 @@ def language_modeling_loss(
     total = sum(counts for counts, _, _ in everyone)
     if total == 0:
         raise AllLabelsIgnoredError(
-            f"all {labels.numel()} labels of this batch are {IGNORED}: nothing would be learnt. Check that the "
-            "captions are not empty, that the prompt is shorter than `max_length`, and that the caption is not masked"
+            f"all labels of this batch are {IGNORED} ({labels.numel()} positions): nothing would be learnt. Check "
+            "that the captions are not empty, that they are not masked, and that `max_length` leaves room after the prompt"
         )
     if any(paddings for _, paddings, _ in everyone):
         found = {rank: paddings for rank, (_, paddings, _) in enumerate(everyone) if paddings}

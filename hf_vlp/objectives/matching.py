@@ -161,6 +161,11 @@ def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """One column for each row, by inversion: the first column where the cumulative weight passes the random number."""
     cumulative = weights.double().cumsum(dim=1)
     total = cumulative[:, -1:]
+    if not bool((total > 0).all()):
+        raise ValueError(
+            "a row has no weight to draw a negative from: the similarities are not finite, or with "
+            "`softmax_over_positives` the true pair left nothing to the others, which an `epsilon` of 1e-4 prevents"
+        )
     below = torch.nextafter(total, torch.zeros_like(total))
     target = torch.minimum(uniform[:, None] * total, below)
     return torch.searchsorted(cumulative, target, right=True).squeeze(1)
