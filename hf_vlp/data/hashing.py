@@ -5,8 +5,6 @@ Python's own `hash` of a string changes from process to process, so nothing that
 
 from hashlib import blake2b
 
-_SEPARATOR = b"\x1f"
-
 
 def stable_hash(*parts: int | str) -> int:
     """63-bit non-negative hash of a sequence of numbers and strings; `1` and `"1"` hash differently.
@@ -16,8 +14,11 @@ def stable_hash(*parts: int | str) -> int:
     """
     digest = blake2b(digest_size=8)
     for part in parts:
-        digest.update(b"i%d" % part if isinstance(part, int) else b"s" + part.encode("utf-8", "surrogatepass"))
-        digest.update(_SEPARATOR)
+        kind, content = (
+            (b"i", b"%d" % part) if isinstance(part, int) else (b"s", part.encode("utf-8", "surrogatepass"))
+        )
+        # With its length in front, no part can pass for the end of one and the beginning of the next.
+        digest.update(b"%b%d:%b" % (kind, len(content), content))
     return int.from_bytes(digest.digest(), "little") >> 1
 
 

@@ -5,6 +5,7 @@ import os
 import stat
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from io import BytesIO
 from typing import Any
 
@@ -20,7 +21,6 @@ logger = logging.getLogger(__name__)
 FORMATS: tuple[str, ...] = (
     "PNG",
     "JPEG",
-    "MPO",
     "WEBP",
     "GIF",
     "BMP",
@@ -83,13 +83,20 @@ def _open(value: Any, limits: RecordLimits) -> Image.Image:
     if len(content) > limits.max_bytes:
         raise BadRecord("image_too_large", f"{len(content)} bytes, limit {limits.max_bytes}")
     try:
-        return Image.open(BytesIO(content), formats=FORMATS)
+        return Image.open(BytesIO(content), formats=_formats())
     except UnidentifiedImageError:
         raise BadRecord("image_not_an_image", f"starts with {content[:12]!r}") from None
     except Image.DecompressionBombError as error:
         raise BadRecord("image_too_large", str(error)) from None
     except Exception as error:
         raise BadRecord(_damage(error), f"{type(error).__name__}: {error}") from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this build of Pillow has."""
+    Image.init()
+    return tuple(kind for kind in FORMATS if kind in Image.OPEN)
 
 
 def _content(value: Any, limits: RecordLimits) -> bytes:

@@ -59,8 +59,8 @@ def load_pairs(
     `spec` is one of
 
     - `"shapes"` or `"shapes:simple"`: the built-in world, with a preset;
-    - a folder with parquet files, tars, `metadata.jsonl` or `.csv` beside images, JSON lines, CSV or JSON files, images
-      with `.txt` files beside them, or a dataset written by `save_to_disk` (the first of these that is found);
+    - a folder with parquet files, tars, `metadata.jsonl` or `.csv` beside images, JSON lines, CSV or JSON files,
+      images with `.txt` files beside them, or a dataset written by `save_to_disk` (the first of these that is found);
     - a file: parquet, JSON lines, CSV, TSV, tar (also gzipped), or JSON (a list of records, COCO captions, Karpathy);
     - `"org/name"` or `"org/name:config"`: a data set on the Hub.
 
