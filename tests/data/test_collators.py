@@ -202,7 +202,7 @@ def test_a_real_processor() -> None:
     rows = load_pairs("shapes", size=12)
     tokenizer = train_bert_tokenizer(flatten_texts(rows)[0], max_length=12)
     images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    batch = ImageTextCollator(CLIPProcessor(images, tokenizer))(list(PairDataset(rows)[i] for i in range(12)))
+    batch = ImageTextCollator(CLIPProcessor(images, tokenizer))([PairDataset(rows)[index] for index in range(12)])
     assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "image_ids", REPORT_KEY}
     assert batch["pixel_values"].shape == (12, 3, 32, 32) and batch["pixel_values"].dtype == torch.float32
     assert batch["input_ids"].shape[1] <= 12
