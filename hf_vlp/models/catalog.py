@@ -138,6 +138,24 @@ ARCHITECTURES: dict[str, Architecture] = {
             },
             reference="blip2",
         ),
+        Architecture(
+            model_type="blip2_any_vision",
+            title="BLIP-2 on any vision model",
+            paper="2301.12597",
+            native=False,
+            objectives=("ITC", "ITM", "ITG", "LM"),
+            script={"stage 1": "blip2_stage1.py", "stage 2": "blip2_stage2.py"},
+            classes={
+                "config": f"{_BLIP2}.configuration_blip2_any_vision:Blip2AnyVisionConfig",
+                "model": f"{_BLIP2}.any_vision_blip_2:Blip2AnyVisionForConditionalGeneration",
+                "captioning": f"{_BLIP2}.any_vision_blip_2:Blip2AnyVisionForConditionalGeneration",
+                "vqa": f"{_BLIP2}.any_vision_blip_2:Blip2AnyVisionForConditionalGeneration",
+                "retrieval": f"{_BLIP2}.any_vision_blip_2:Blip2AnyVisionForImageTextRetrieval",
+                "pretraining": f"{_BLIP2}.pretraining_blip_2:Blip2ForPreTraining",
+                "processor": f"{_BLIP2}.processing_blip_2:Blip2Processor",
+            },
+            reference="blip2",
+        ),
     )
 }
 

@@ -89,13 +89,16 @@ class Blip2BackboneMixin:
             raise MissingWeightsError(_missing_message(cls, pretrained_model_name_or_path, missing), missing)
         return (model, info) if output_loading_info else model
 
-    def frozen_parts(self) -> dict[str, nn.Module]:
-        """Towers that may be frozen: they run without autograd and in eval mode while none of their weights train."""
-        parts = {
+    def tower_parts(self) -> dict[str, nn.Module]:
+        """The vision tower by its modules, less the LayerNorm behind it, which BLIP-2 trains."""
+        return {
             "vision_model.embeddings": self.vision_model.embeddings,
             "vision_model.encoder": self.vision_model.encoder,
         }
-        return {name: part for name, part in parts.items() if not trains(part)}
+
+    def frozen_parts(self) -> dict[str, nn.Module]:
+        """Towers that may be frozen: they run without autograd and in eval mode while none of their weights train."""
+        return {name: part for name, part in self.tower_parts().items() if not trains(part)}
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
@@ -121,7 +124,7 @@ class Blip2BackboneMixin:
                 f"pixel_values are {tuple(pixel_values.shape[-2:])} pixels, the vision tower was made for {size}: "
                 "resize the images with the model's processor, or pass interpolate_pos_encoding=True"
             )
-        frozen = not (trains(tower.embeddings) or trains(tower.encoder))
+        frozen = not any(map(trains, self.tower_parts().values()))
         with torch.no_grad() if frozen else nullcontext():
             states = tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
             return tower.encoder(inputs_embeds=states).last_hidden_state

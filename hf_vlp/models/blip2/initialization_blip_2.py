@@ -73,57 +73,100 @@ def resize_positions(table: Tensor, grid: tuple[int, int], *, align_corners: boo
     return torch.cat([table[:1], patches[0].flatten(1).T.to(table.dtype)])
 
 
+# Towers trained by contrast alone: the last block has specialised in that, so BLIP-2 takes "the second last layer's
+# output features" (section 3.1).
+_CUT_BY_DEFAULT = ("eva_clip", "clip", "clip_vision_model")
+NATIVE_TOWER = "blip_2_vision_model"
+
+
 def load_vision_tower(
     source: str | PreTrainedModel | PreTrainedConfig, drop_last_layers: int | None = None
 ) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
-    """Config and weights of a vision tower in the native EVA layout (`Blip2VisionModel`).
+    """Config and weights of a vision tower, cut to the depth at which BLIP-2 reads it.
 
     Args:
-        source: a BLIP-2 or EVA-CLIP folder or Hub id, a `Blip2VisionModel` or a model that has one, or a
-            `Blip2VisionConfig` for a tower from scratch.
-        drop_last_layers: how many of the last blocks to leave out. By default one for EVA-CLIP, whose last block has
-            specialised in its own objective (section 3.1: "the second last layer's output features"), and none for a
-            BLIP-2, whose tower is cut already.
+        source: folder or Hub id of a BLIP-2, EVA-CLIP, CLIP or any vision model of transformers; such a model; or a
+            vision
+            config for a tower from scratch.
+        drop_last_layers: how many of the last blocks to leave out. By default one for EVA-CLIP and CLIP, and none
+            otherwise (a BLIP-2's tower is cut already) or for a config.
 
     Returns:
-        The `Blip2VisionConfig` and the weights by their names in `Blip2VisionModel`; without weights for a config. A
-        tower that was cut has no `post_layernorm` among them, as that belonged to the last block.
+        The tower's config, and its weights by their names in the tower; none for a config. A native tower that was
+        cut has no `post_layernorm` among them, as that belonged to the last block.
 
     Raises:
-        ValueError: `source` has no tower of this layout, or fewer layers than are to be dropped.
+        ValueError: the tower has no plain stack of blocks to be cut, or too few.
     """
     if isinstance(source, str):
-        model_type = AutoConfig.from_pretrained(source).model_type if not _is_ours(source) else "eva_clip"
-        if model_type == "eva_clip":
-            source = ARCHITECTURES["eva_clip"].load("model").from_pretrained(source)
+        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+        if model_type in ("eva_clip", "blip2_any_vision"):
+            source = ARCHITECTURES[model_type].load("model").from_pretrained(source)
         elif model_type == "blip-2":
-            config = AutoConfig.from_pretrained(source)
-            source = getattr(transformers, config.architectures[0]).from_pretrained(source)
+            architecture = AutoConfig.from_pretrained(source).architectures[0]
+            source = getattr(transformers, architecture).from_pretrained(source)
         else:
             source = transformers.AutoModel.from_pretrained(source)
     if isinstance(source, PreTrainedConfig):
-        config, state, trained_with = copy.deepcopy(source), {}, source.model_type
+        tower, config, state = None, copy.deepcopy(source), {}
     else:
-        trained_with = source.config.model_type
         tower = getattr(source, "vision_model", source)
+        tower = getattr(tower, "tower", tower)
         config, state = copy.deepcopy(tower.config), dict(tower.state_dict())
-    if config.model_type != "blip_2_vision_model":
-        raise ValueError(
-            f"{config.model_type!r} is not the layout of BLIP-2's native vision tower (blip_2_vision_model); a "
-            "tower of another kind makes a model of type 'blip2_any_vision'"
-        )
-    drop = drop_last_layers if drop_last_layers is not None else int(trained_with == "eva_clip")
-    if not drop:
+    if drop_last_layers is None:
+        drop_last_layers = int(tower is not None and source.config.model_type in _CUT_BY_DEFAULT)
+    if not drop_last_layers:
         return config, state
-    if drop >= config.num_hidden_layers:
-        raise ValueError(f"cannot drop {drop} of {config.num_hidden_layers} vision layers")
-    config.num_hidden_layers -= drop
-    dropped = tuple(f"encoder.layers.{config.num_hidden_layers + i}." for i in range(drop))
-    return config, {name: v for name, v in state.items() if not name.startswith((*dropped, "post_layernorm."))}
+    depth = config.num_hidden_layers
+    if drop_last_layers >= depth:
+        raise ValueError(f"cannot drop {drop_last_layers} of {depth} vision layers")
+    config.num_hidden_layers -= drop_last_layers
+    if tower is None:
+        return config, state
+    stack = next(
+        (name for name, part in tower.named_modules() if isinstance(part, nn.ModuleList) and len(part) == depth), None
+    )
+    if stack is None or is_hierarchical(config):
+        raise ValueError(
+            f"{type(tower).__name__} is no plain stack of blocks, so none can be left out; pass drop_last_layers=0"
+        )
+    gone = [f"{stack}.{config.num_hidden_layers + i}." for i in range(drop_last_layers)]
+    if config.model_type == NATIVE_TOWER:
+        gone.append("post_layernorm.")
+    return config, {name: value for name, value in state.items() if not name.startswith(tuple(gone))}
 
 
-def _is_ours(source: str) -> bool:
-    return PreTrainedConfig.get_config_dict(source)[0].get("model_type") == "eva_clip"
+def is_hierarchical(config: PreTrainedConfig) -> bool:
+    """Whether a vision model works in stages of growing width (Swin, PVT), where only its final output is "
+    "meaningful."""
+    return any(hasattr(config, name) for name in ("depths", "hidden_sizes", "embed_dims"))
+
+
+def resize_tower(config: PreTrainedConfig, state: dict[str, Tensor], image_size: int) -> None:
+    """Fits a tower's config and weights to another image size, in place, as LAVIS does when it loads one.
+
+    Raises:
+        ValueError: the tower's position table is of no known layout.
+    """
+    old = config.image_size
+    if image_size == old or [image_size, image_size] == list(old if isinstance(old, list | tuple) else ()):
+        return
+    config.image_size = image_size
+    if not state:
+        return
+    patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+    grid = (image_size // patch, image_size // patch)
+    if config.model_type == NATIVE_TOWER:
+        name = "embeddings.position_embedding"
+        state[name] = resize_positions(state[name][0], grid)[None]
+    elif config.model_type == "clip_vision_model":
+        name = "embeddings.position_embedding.weight"
+        state[name] = resize_positions(state[name], grid, align_corners=True)
+    else:
+        raise ValueError(
+            f"the position embeddings of a {config.model_type!r} tower cannot be resized on loading; leave "
+            "image_size out and call the model with interpolate_pos_encoding=True"
+        )
 
 
 def qformer_config_from_bert(
@@ -203,18 +246,17 @@ def start_from_vision_and_qformer(
     """The retrieval model of stage 1 before its first step; see "
     "`Blip2ForPreTraining.from_vision_qformer_pretrained`."""
     vision_config, tower = load_vision_tower(vision, drop_last_layers)
-    if image_size is not None and image_size != vision_config.image_size:
-        vision_config.image_size = image_size
-        if tower:
-            side = image_size // vision_config.patch_size
-            name = "embeddings.position_embedding"
-            tower[name] = resize_positions(tower[name][0], (side, side))[None]
+    if image_size is not None:
+        resize_tower(vision_config, tower, image_size)
     bert: Mapping[str, Tensor] = {}
     if isinstance(qformer, str):
         qformer = AutoModelForMaskedLM.from_pretrained(qformer, dtype=torch.float32)
     if isinstance(qformer, PreTrainedModel):
         bert, qformer = qformer.state_dict(), qformer.config
-    config = transformers.Blip2Config(
+    native = vision_config.model_type == NATIVE_TOWER
+    config_class = ARCHITECTURES["blip-2" if native else "blip2_any_vision"].load("config")
+    extra = {"vision_output": "last_hidden_state"} if is_hierarchical(vision_config) else {}
+    config = config_class(
         vision_config=vision_config.to_dict(),
         qformer_config=qformer_config_from_bert(
             qformer,
@@ -224,8 +266,10 @@ def start_from_vision_and_qformer(
         ).to_dict(),
         num_query_tokens=num_query_tokens,
         image_text_hidden_size=image_text_hidden_size,
+        **extra,
     )
-    start = Start(config, {f"vision_model.{name}": value for name, value in tower.items()})
+    prefix = "vision_model." if native else "vision_model.tower."
+    start = Start(config, {prefix + name: value for name, value in tower.items()})
     if bert:
         state, start.head = qformer_from_bert(bert)
         start.state |= state

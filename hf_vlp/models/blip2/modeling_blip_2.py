@@ -336,6 +336,9 @@ class Blip2ForConditionalGeneration(Blip2BackboneMixin, transformers.Blip2ForCon
             image_text_hidden_size=retrieval.config.image_text_hidden_size,
             image_token_index=processor.image_token_id,
         )
+        owner = load_class(config, "captioning")
+        if not issubclass(cls, owner):
+            cls = owner
         # Everything is replaced below, so nothing is allocated here.
         with torch.device("meta"), init.no_init_weights():
             model = cls(config)

@@ -260,7 +260,7 @@ class Blip2ForPreTraining(PreTrainingMixin, PreTrainedModel):
             cross_attention_frequency: every how many layers the queries look at the image.
             image_text_hidden_size: width of the contrastive features.
             image_size: pixels a side, if not the tower's own; its position embeddings are resized.
-            drop_last_layers: blocks of the tower to leave out; by default 1 for EVA-CLIP.
+            drop_last_layers: blocks of the tower to leave out; by default 1 for EVA-CLIP and CLIP.
             settings: fields of `Blip2PreTrainingSettings`.
         """
         if tokenizer is None and isinstance(qformer, str):
