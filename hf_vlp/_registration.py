@@ -226,7 +226,9 @@ _HOOKS: dict[str, Callable[[ModuleType], None]] = {
 }
 
 
-def _followed_by(run: Callable[[ModuleType], None], hook: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+def _followed_by(
+    run: Callable[[ModuleType], None], hook: Callable[[ModuleType], None]
+) -> Callable[[ModuleType], None]:
     def exec_module(module: ModuleType) -> None:
         run(module)
         hook(module)

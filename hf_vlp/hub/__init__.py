@@ -6,9 +6,11 @@ from typing import Any
 _EXPORTS = {
     "CardData": "hf_vlp.hub.card",
     "Metric": "hf_vlp.hub.card",
+    "metrics_from_result": "hf_vlp.hub.card",
     "render_card": "hf_vlp.hub.card",
     "write_card": "hf_vlp.hub.card",
     "recipe_of": "hf_vlp.hub.card",
+    "complete_folder": "hf_vlp.hub.saving",
     "save_for_hub": "hf_vlp.hub.saving",
     "VerificationError": "hf_vlp.hub.verification",
     "VerificationReport": "hf_vlp.hub.verification",

@@ -51,7 +51,9 @@ class Metric:
 
     def __post_init__(self) -> None:
         if isinstance(self.value, bool) or not isinstance(self.value, int | float) or not math.isfinite(self.value):
-            raise ValueError(f"metric {self.name!r} on {self.dataset!r}: the value must be a number, got {self.value!r}")
+            raise ValueError(
+                f"metric {self.name!r} on {self.dataset!r}: the value must be a number, got {self.value!r}"
+            )
 
 
 @dataclass
@@ -114,6 +116,34 @@ def _check_fields(cls: type, values: Mapping[str, Any], path: Path) -> None:
         raise ValueError(f"{path}: unknown field(s) {unknown} of a {cls.__name__}; known: {sorted(known)}")
 
 
+def metrics_from_result(result: Mapping[str, Any], *, dataset_id: str | None = None) -> list[Metric]:
+    """The metrics of a result of `hf_vlp.evaluation`.
+
+    Args:
+        result: what `run_evaluation` gives or wrote.
+        dataset_id: id of the data set on the Hub, if it is there.
+
+    Raises:
+        ValueError: this is no result of an evaluation.
+    """
+    if not isinstance(result.get("metrics"), Mapping):
+        raise ValueError("no result of an evaluation: it has no 'metrics'")
+    from hf_vlp.evaluation.results import to_eval_results
+
+    return [
+        Metric(
+            name=entry.metric_type,
+            value=entry.metric_value,
+            dataset=entry.dataset_name,
+            dataset_id=dataset_id,
+            split=entry.dataset_split,
+            task=entry.task_type,
+            label=entry.metric_name,
+        )
+        for entry in to_eval_results(dict(result))
+    ]
+
+
 # Settings of `TrainingArguments` that a reader needs to repeat a run.
 _RECIPE_FIELDS = (
     "learning_rate",
@@ -142,7 +172,11 @@ def recipe_of(arguments: Any) -> dict[str, Any]:
     for name in _RECIPE_FIELDS:
         value = getattr(arguments, name, None)
         value = getattr(value, "value", value)
-        if value is not None and not (name in ("bf16", "fp16") and not value) and not (name == "max_steps" and value < 0):
+        if (
+            value is not None
+            and not (name in ("bf16", "fp16") and not value)
+            and not (name == "max_steps" and value < 0)
+        ):
             recipe[name] = value
     return recipe
 

@@ -151,7 +151,10 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 def ship_code(model: PreTrainedModel, architecture: Architecture) -> None:
     """Has `save_pretrained` of this class, now and later, write its code beside the weights."""
-    type(model.config).register_for_auto_class()
+    if type(model.config)._auto_class is None:
+        type(model.config).register_for_auto_class()
+    if type(model)._auto_class is not None:
+        return
     classes = auto_classes(type(model).__name__, architecture)
     if not classes:
         raise ValueError(

@@ -125,7 +125,9 @@ def write_snippets(folder: Path, scratch: Path) -> list[Path]:
     scripts = []
     for number, snippet in enumerate(card_snippets(text)):
         # The name that the card loads is the only string that follows `from_pretrained(` or `model=`.
-        local = re.sub(r'(from_pretrained\(|model=)"[^"]+"', lambda found: f"{found[1]}{json.dumps(str(folder))}", snippet)
+        local = re.sub(
+            r'(from_pretrained\(|model=)"[^"]+"', lambda found: f"{found[1]}{json.dumps(str(folder))}", snippet
+        )
         scripts.append(scratch / f"snippet_{number}.py")
         scripts[-1].write_text(local, encoding="utf-8")
     return scripts

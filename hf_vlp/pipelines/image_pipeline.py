@@ -9,7 +9,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -218,4 +217,3 @@ def unknown_parameter(pipeline: Pipeline, names: Iterable[str]) -> TypeError:
         f"the pipeline {pipeline.task!r} does not know the parameter(s) {sorted(names)}; "
         "arguments of the processor go into `processor_kwargs={...}`"
     )
-

@@ -50,7 +50,9 @@ class ImageQuestionAnsweringPipeline(ImageToTextPipeline):
         else:
             question = text
         if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"the pipeline {self.task!r} needs a question for each image: pipe(image, question='...')")
+            raise ValueError(
+                f"the pipeline {self.task!r} needs a question for each image: pipe(image, question='...')"
+            )
         return {"image": item, "text": question}
 
     def _sanitize_parameters(

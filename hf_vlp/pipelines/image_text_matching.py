@@ -106,9 +106,7 @@ class ImageTextMatchingPipeline(ImagePipeline):
             return similarity, similarity
         return similarity, self.model.matching_scores(embedded, owners, **tokens)
 
-    def _by_head(
-        self, images: dict[str, Tensor], tokens: dict[str, Tensor], owners: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _by_head(self, images: dict[str, Tensor], tokens: dict[str, Tensor], owners: Tensor) -> tuple[Tensor, Tensor]:
         """The native `Blip2ForImageTextRetrieval` takes pairs and encodes the image of each."""
         pairs = {name: value[owners] for name, value in images.items()}
         logits = self.model(**pairs, **tokens, use_image_text_matching_head=True).logits_per_image  # (P, 2)

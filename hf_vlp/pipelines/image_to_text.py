@@ -123,9 +123,7 @@ class ImageToTextPipeline(ImagePipeline):
 
     # From records to the model's inputs
 
-    def collate(
-        self, records: list[dict[str, Any]], processor_kwargs: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def collate(self, records: list[dict[str, Any]], processor_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
         """Groups of records whose texts may share a batch, each as the inputs of `generate`.
 
         Where padding would change the result (positions that do not come from the attention mask), a group holds only
@@ -178,9 +176,7 @@ class ImageToTextPipeline(ImagePipeline):
             features["input_ids"] = torch.tensor(ids)
             features["attention_mask"] = torch.ones_like(features["input_ids"])
             return features
-        return self.processor(
-            images=images, text=texts, return_tensors="pt", **{"padding": True, **processor_kwargs}
-        )
+        return self.processor(images=images, text=texts, return_tensors="pt", **{"padding": True, **processor_kwargs})
 
     def _language_model(self) -> torch.nn.Module | None:
         for name in ("language_model", "model.language_model", "text_model"):
@@ -206,9 +202,7 @@ class ImageToTextPipeline(ImagePipeline):
 
     # Running
 
-    def _forward(
-        self, model_inputs: dict[str, Any], generate_kwargs: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def _forward(self, model_inputs: dict[str, Any], generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
         generate_kwargs = self._generation_arguments(dict(generate_kwargs or {}))
         sequences: list[list[Tensor]] = [[] for _ in model_inputs["prompts"]]
         for part in model_inputs["parts"]:
@@ -244,9 +238,7 @@ class ImageToTextPipeline(ImagePipeline):
                 return generated[:, length:]
         return generated
 
-    def postprocess(
-        self, model_outputs: dict[str, Any], return_full_text: bool = False
-    ) -> list[list[dict[str, Any]]]:
+    def postprocess(self, model_outputs: dict[str, Any], return_full_text: bool = False) -> list[list[dict[str, Any]]]:
         results = []
         for sequences, prompt in zip(model_outputs["sequences"], model_outputs["prompts"], strict=True):
             texts = [text.strip() for text in self.tokenizer.batch_decode(sequences, skip_special_tokens=True)]

@@ -389,4 +389,6 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 return self.error(400, f"unknown operation {item['key']}")
         oid = repository.commit(unquote(revision), files, message)
-        return self.json({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{oid}"})
+        return self.json(
+            {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{oid}"}
+        )

@@ -116,7 +116,11 @@ def blip2(language_model: str = "opt") -> tuple[Blip2ForConditionalGeneration, B
             "num_heads": 4,
             "decoder_start_token_id": 0,
         }
-    text |= {"pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id}
+    text |= {
+        "pad_token_id": words.pad_token_id,
+        "eos_token_id": words.eos_token_id,
+        "bos_token_id": words.bos_token_id,
+    }
     config = Blip2Config(
         vision_config=_vision(),
         qformer_config=_qformer(len(words)),

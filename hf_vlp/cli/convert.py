@@ -1,0 +1,127 @@
+"""`hf-vlp convert`: original checkpoints to folders for transformers, and back where that exists."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hf_vlp.cli.errors import UsageError
+from hf_vlp.cli.main import parser
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of `convert`.
+
+    Attributes:
+        function: `"module:function"`; its first two parameters are the source and the target.
+        summary: one line for `--help`.
+    """
+
+    function: str
+    summary: str
+
+    def load(self) -> Callable[..., Any]:
+        """Imports the function."""
+        module, name = self.function.split(":")
+        return getattr(import_module(module), name)
+
+
+FORMATS: dict[str, Format] = {
+    "openai-clip": Format(
+        "hf_vlp.cli.convert:convert_clip", "CLIP of OpenAI or OpenCLIP, ViT, ResNet or EVA (.pt, .bin, .safetensors)"
+    ),
+    "to-openai-clip": Format(
+        "hf_vlp.cli.convert:export_clip", "the other way: a folder of ours to a file under the original names"
+    ),
+}
+
+_EXAMPLES = """\
+  hf-vlp convert openai-clip RN50.pt outputs/clip-rn50 --vocabulary bpe_simple_vocab_16e6.txt.gz --allow_torchscript
+  hf-vlp convert openai-clip open_clip_pytorch_model.bin outputs/clip-b32 --hidden_act gelu
+  hf-vlp convert to-openai-clip outputs/clip-rn50 clip.safetensors
+  hf-vlp convert openai-clip --help     # with the options of that format
+
+Checkpoints are read without running code from them."""
+
+
+def main(argv: list[str]) -> int:
+    name = argv[0] if argv and not argv[0].startswith("-") else None
+    if name is not None and name not in FORMATS:
+        raise UsageError(f"there is no format {name!r}; there are: {', '.join(FORMATS)}")
+    lines = "\n".join(f"  {key:<18} {entry.summary}" for key, entry in FORMATS.items())
+    command = parser("convert", f"Converts a checkpoint.\n\nformats:\n{lines}", _EXAMPLES)
+    command.add_argument("format", choices=FORMATS, metavar="FORMAT", help="see above")
+    command.add_argument("source", metavar="SOURCE", help="file or folder to read")
+    command.add_argument("target", metavar="TARGET", help="folder or file to write")
+    if name is not None:
+        group = command.add_argument_group(f"options of {name}")
+        for option, parameter in list(inspect.signature(FORMATS[name].load()).parameters.items())[2:]:
+            kind = _KINDS.get(option, str)
+            if kind is bool:
+                group.add_argument(f"--{option}", action="store_true", help=_HELP.get(option))
+            else:
+                group.add_argument(
+                    f"--{option}", type=kind, default=parameter.default, help=_HELP.get(option), metavar=kind.__name__
+                )
+    options = vars(command.parse_args(argv))
+    source, target = Path(options.pop("source")), Path(options.pop("target"))
+    if not source.exists():
+        raise FileNotFoundError(f"there is no file or folder {source}")
+    if target.exists() and (target.is_file() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists; name a place where nothing is, so that nothing is lost")
+    convert = FORMATS[options.pop("format")].load()
+    convert(source, target, **options)
+    print(target)
+    return 0
+
+
+_KINDS = {"allow_torchscript": bool, "vision_heads": int, "text_heads": int, "num_query_tokens": int}
+_HELP = {
+    "allow_torchscript": "also read OpenAI's scripted archives, which torch has to unpack",
+    "vision_heads": "attention heads of the image tower, where they are not width / 64",
+    "text_heads": "attention heads of the text tower, where they are not width / 64",
+    "hidden_act": "activation: quick_gelu (OpenAI) or gelu (most of OpenCLIP)",
+    "vocabulary": "CLIP's vocabulary file bpe_simple_vocab_16e6.txt.gz; without it no processor is written",
+    "tokenizer": "folder or Hub id of a tokenizer instead",
+}
+
+
+def convert_clip(
+    source: Path,
+    target: Path,
+    vocabulary: str | None = None,
+    tokenizer: str | None = None,
+    hidden_act: str | None = None,
+    vision_heads: int | None = None,
+    text_heads: int | None = None,
+    allow_torchscript: bool = False,
+) -> None:
+    """A CLIP checkpoint of OpenAI or OpenCLIP to a folder with card and, given a tokenizer, processor."""
+    from hf_vlp.hub.saving import save_for_hub
+    from hf_vlp.models.clip.conversion_clip import model_from_original, read_original
+    from hf_vlp.models.clip.processing_clip import CLIPProcessor
+    from hf_vlp.models.clip.tokenization_clip import clip_tokenizer_from_bpe_file
+
+    settings = {"hidden_act": hidden_act, "vision_heads": vision_heads, "text_heads": text_heads}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    model = model_from_original(read_original(source, allow_torchscript=allow_torchscript), **settings)
+    words = None
+    if vocabulary is not None:
+        words = clip_tokenizer_from_bpe_file(vocabulary, model.config.text_config.max_position_embeddings)
+    elif tokenizer is not None:
+        from transformers import AutoTokenizer
+
+        words = AutoTokenizer.from_pretrained(tokenizer)
+    size = model.config.vision_config.image_size
+    save_for_hub(model, None if words is None else CLIPProcessor.for_image_size(words, size), target)
+
+
+def export_clip(source: Path, target: Path) -> None:
+    """A folder of ours to one file under the names of the original code."""
+    from hf_vlp.models.catalog import load_class
+    from hf_vlp.models.clip.conversion_clip import save_original
+
+    save_original(load_class(source, "model").from_pretrained(source), target)
