@@ -1,0 +1,1 @@
+"""ALBEF: contrast before fusion, matching and masked language modelling with momentum distillation."""
