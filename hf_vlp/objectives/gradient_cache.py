@@ -81,8 +81,6 @@ def cached_backward(
         with torch.enable_grad():
             output = objective(*embeds)
             loss = _loss_of(output)
-            if not loss.requires_grad:
-                raise ValueError("the objective's loss has no gradient: nothing that it depends on is trainable")
             leaves = _leaves(loss)
             grads = torch.autograd.grad(loss, leaves)
         by_leaf = {id(leaf): grad for leaf, grad in zip(leaves, grads)}
@@ -96,7 +94,7 @@ def cached_backward(
     torch.clear_autocast_cache()
     after = _RandomState(devices)
 
-    start = 0
+    start, trained = 0, False
     for index, chunk in enumerate(chunks):
         rows = slice(start, start + len(parts[index][0]))
         start = rows.stop
@@ -118,7 +116,10 @@ def cached_backward(
             value = through(surrogate, chunk)
             if value is not None:
                 backward(value)
+                trained = True
     after.restore()
+    if not trained:
+        raise ValueError("the objective's loss has no gradient: nothing that it depends on is trainable")
     return found["output"]
 
 

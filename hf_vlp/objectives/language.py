@@ -74,7 +74,7 @@ def language_modeling_loss(
     if total == 0:
         raise AllLabelsIgnoredError(
             f"all labels of this batch are {IGNORED} ({labels.numel()} positions): nothing would be learnt. Check "
-            "that the captions are not empty, that they are not masked, and that `max_length` leaves room after the prompt"
+            "that the captions are not empty and not masked, and that `max_length` leaves room after the prompt"
         )
     if any(paddings for _, paddings, _ in everyone):
         found = {rank: paddings for rank, (_, paddings, _) in enumerate(everyone) if paddings}
