@@ -11,6 +11,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
+from hf_vlp.training.launch import start_missing_processes
+
 T = TypeVar("T")
 
 
@@ -150,6 +152,8 @@ def parse_arguments(
         SystemExit: after `--help` or `--help_all`; or, with status 2 and a message, on an unknown or ill-typed
             argument, a missing file, or a key of the YAML file that no argument has.
     """
+    if argv is None:
+        start_missing_processes()
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _ScriptParser(
         types, description=description, formatter_class=_HelpFormatter, add_help=False, allow_abbrev=False

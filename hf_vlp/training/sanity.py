@@ -6,6 +6,7 @@ back, so the run is the same with and without it.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -144,6 +145,17 @@ def warnings_of(checks: list[TermCheck], *, warmed_up: bool) -> list[str]:
                 f"({check.chance:.4f}). Check the pairs, the learning rate and what trains (--stage)"
             )
     return found
+
+
+def chance_levels_of(model: nn.Module) -> Callable[[Mapping[str, Any]], Mapping[str, float]] | None:
+    """The model's own `chance_levels`, or ln of the vocabulary where its only loss is a language model's."""
+    if hasattr(model, "chance_levels"):
+        return model.chance_levels
+    embeddings = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if embeddings is None:
+        return None
+    level = math.log(embeddings.weight.shape[0])
+    return lambda batch: {"loss": level} if "labels" in batch else {}
 
 
 class SanityPass:

@@ -42,7 +42,7 @@ from hf_vlp.training.batching import data_loader
 from hf_vlp.training.freezing import keep_frozen_in_eval
 from hf_vlp.training.lora import ADAPTER_FOLDER, lora_layers, save_adapter
 from hf_vlp.training.optimization import check_master_weights, parameter_groups, parse_rates
-from hf_vlp.training.sanity import SanityPass, check_batch
+from hf_vlp.training.sanity import SanityPass, chance_levels_of, check_batch
 from hf_vlp.training.terms import TermMeter, loss_terms
 
 logger = logging.getLogger(__name__)
@@ -260,7 +260,7 @@ class VLPTrainer(Trainer):
         checks = check_batch(
             model,
             inputs,
-            chance_levels=getattr(self.accelerator.unwrap_model(model), "chance_levels", None),
+            chance_levels=chance_levels_of(self.accelerator.unwrap_model(model)),
             forward_arguments=self._generator_argument,
             gather=self._gather,
             **({"max_rows": limit} if limit else {}),
