@@ -16,7 +16,14 @@ from torch import Tensor
 from transformers import ViTConfig
 
 from .configuration_albef import AlbefConfig, AlbefTextConfig
-from .finetuning_albef import AlbefForRetrievalFineTuning
+from .finetuning_albef import (
+    AlbefForQuestionAnsweringFineTuning,
+    AlbefForRetrievalFineTuning,
+    AlbefForTextAssignment,
+    AlbefForVisualEntailmentFineTuning,
+    AlbefForVisualReasoningFineTuning,
+    TwinSettings,
+)
 from .modeling_albef import AlbefForImageTextRetrieval, AlbefPreTrainedModel, interpolate_positions
 from .modeling_albef_tasks import AlbefForQuestionAnswering, AlbefForVisualEntailment, AlbefForVisualReasoning
 from .momentum_albef import MomentumSettings
@@ -424,47 +431,69 @@ def load(model: torch.nn.Module, state: Mapping[str, Tensor], ignore: tuple[str,
         )
 
 
+TRAINING_CLASSES: dict[str, type[AlbefPreTrainedModel]] = {
+    "pretraining": AlbefForPreTraining,
+    "retrieval": AlbefForRetrievalFineTuning,
+    "vqa": AlbefForQuestionAnsweringFineTuning,
+    "nlvr": AlbefForVisualReasoningFineTuning,
+    "ve": AlbefForVisualEntailmentFineTuning,
+}
+
+
 def training_model(
     state: Mapping[str, Tensor], *, config: AlbefConfig | None = None, **options: Any
-) -> AlbefForPreTraining | AlbefForRetrievalFineTuning:
-    """Builds the pretraining (or retrieval fine-tuning) model of an original state dict, with its twin and queue.
+) -> AlbefPreTrainedModel:
+    """Builds the training model of an original state dict, with its momentum twin and, where it has them, queues.
 
     Args:
-        state: an original pretraining or retrieval state dict. A released checkpoint of pretraining starts retrieval
-            fine-tuning through `AlbefForRetrievalFineTuning.from_inference_model(inference_model(state))`.
+        state: an original state dict of any kind. A released checkpoint of pretraining starts fine-tuning through
+            `inference_model`, `save_pretrained` and `from_pretrained` of the task's training class.
         config: instead of one read from the shapes.
-        options: fields of `MomentumSettings`, and options of `config_from_original`.
+        options: fields of `MomentumSettings` or `TwinSettings`, and options of `config_from_original`.
 
     Raises:
-        ValueError: the state is of another kind, or tensors are missing.
+        ValueError: tensors are missing or do not fit.
     """
     layout = layout_of(state)
-    classes = {"pretraining": AlbefForPreTraining, "retrieval": AlbefForRetrievalFineTuning}
-    if layout.kind not in classes:
-        raise ValueError(f"a {layout.kind!r} checkpoint has no queue: use inference_model() or the task's own class")
-    settings = {key: options.pop(key) for key in list(options) if key in MomentumSettings.__dataclass_fields__}
-    settings.setdefault("queue_size", state["image_queue"].shape[1])
-    model = classes[layout.kind](config or config_from_original(state, layout, **options), **settings)
-    online, twin = (from_original(state, layout, twin=twin) for twin in (False, True))
-    head = _under(online, "mlm_head.")
-    load(model.retrieval, online, ignore=("mlm_head.",))
-    load(model.momentum, twin)
-    if head:
+    queued = layout.kind in ("pretraining", "retrieval")
+    fields = (MomentumSettings if queued else TwinSettings).__dataclass_fields__
+    settings = {key: options.pop(key) for key in list(options) if key in fields}
+    config = config or config_from_original(state, layout, **options)
+    online = from_original(state, layout)
+    if layout.kind == "text_assignment":
+        model = AlbefForTextAssignment(config)
+        classifier = {n: v for n, v in model.reasoning.state_dict().items() if n.startswith("classifier.")}
+        own = {n: v for n, v in online.items() if n.startswith("albef.")}
+        load(model.reasoning, own | classifier)
+        load(model.vision_projection, _under(online, "vision_projection."))
+        load(model.assignment_head, _under(online, "assignment_head."))
+        return model
+    if queued:
+        settings.setdefault("queue_size", state["image_queue"].shape[1])
+    model = TRAINING_CLASSES[layout.kind](config, **settings)
+    load(model.inference_model, online, ignore=("mlm_head.",))
+    if head := _under(online, "mlm_head."):
         load(model.mlm_head, head, prefix="mlm_head.")
+    if model.momentum is not None:
+        load(model.momentum, from_original(state, layout, twin=True))
+    if queued:
+        model.queue.load_state_dict(queue_from_original(state))
     model.tie_weights()
-    model.queue.load_state_dict(queue_from_original(state))
     return model
 
 
-def training_state_to_original(model: AlbefForPreTraining | AlbefForRetrievalFineTuning) -> dict[str, Tensor]:
+def training_state_to_original(model: AlbefPreTrainedModel) -> dict[str, Tensor]:
     """The whole state of a training under the original names: model, twin, queues."""
-    kind = "pretraining" if isinstance(model, AlbefForPreTraining) else "retrieval"
-    layout = Layout(kind, model.config.text_config.fusion_layer, False)
-    online = model.retrieval.state_dict()
+    kind = next(kind for kind, cls in TRAINING_CLASSES.items() if type(model) is cls)
+    text = model.config.text_config
+    layout = Layout(kind, text.fusion_layer, text.images_per_text == 2)
+    online = model.inference_model.state_dict()
     if kind == "pretraining":
         online |= {f"mlm_head.{name}": value for name, value in model.mlm_head.state_dict().items()}
-    state = to_original(online, layout) | to_original(model.momentum.state_dict(), layout, twin=True)
-    return state | queue_to_original(model.queue.state_dict())
+    state = to_original(online, layout)
+    if model.momentum is not None:
+        state |= to_original(model.momentum.state_dict(), layout, twin=True)
+    return state | (queue_to_original(model.queue.state_dict()) if hasattr(model, "queue") else {})
 
 
 def convert(

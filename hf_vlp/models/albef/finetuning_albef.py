@@ -3,18 +3,33 @@
 Each class holds the inference model of its task and what only training needs; `export` writes the inference model.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
+from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin
+from hf_vlp.nn.momentum import momentum_twin, update_twin
+from hf_vlp.objectives.distillation import distillation_loss
+from hf_vlp.objectives.distributed import global_mean
 from hf_vlp.objectives.matching import matching_loss
 
 from .configuration_albef import AlbefConfig
-from .modeling_albef import AlbefForImageTextRetrieval
+from .modeling_albef import AlbefForImageTextRetrieval, AlbefModel, AlbefPreTrainedModel
 from .modeling_albef_packing import PackedTexts
+from .modeling_albef_tasks import (
+    AlbefForQuestionAnswering,
+    AlbefForVisualEntailment,
+    AlbefForVisualReasoning,
+    check_labels,
+)
 from .momentum_albef import AlbefMomentumModel, Contrast
 
 
@@ -147,3 +162,485 @@ class AlbefForRetrievalFineTuning(AlbefMomentumModel):
             itm_logits=itm_logits,
             itm_labels=rows.labels,
         )
+
+
+@dataclass
+class AlbefClassificationOutput(ModelOutput):
+    """
+    Args:
+        loss: scalar.
+        loss_classification: the same, under the name that is logged.
+        logits: (N, classes).
+        logits_m: (N, classes) of the twin; absent when alpha is 0.
+        alpha: weight of momentum distillation.
+    """
+
+    loss: Tensor | None = None
+    loss_classification: Tensor | None = None
+    logits: Tensor | None = None
+    logits_m: Tensor | None = None
+    alpha: float | None = None
+
+
+@dataclass
+class TwinSettings:
+    """How a task is fine-tuned; kept in the checkpoint's config under `pretraining`.
+
+    Attributes:
+        momentum: share of itself that the twin keeps in a step (hard-coded 0.995 in the original).
+        alpha: weight of the twin's opinion once warmed up.
+        alpha_warmup_steps: steps over which `alpha` grows linearly from 0; the first epoch in the original.
+        distill: whether there is a twin at all.
+    """
+
+    momentum: float = 0.995
+    alpha: float = 0.4
+    alpha_warmup_steps: int = 0
+    distill: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("momentum", "alpha"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must lie in [0, 1], but is {getattr(self, name)}")
+
+
+class AlbefTaskFineTuning(PreTrainingMixin, AlbefPreTrainedModel):
+    """A task's inference model with a momentum twin of all of it; base of the classes below."""
+
+    inference_attribute = "model"
+    base_model_prefix = ""
+    _auto_class = None
+    # Class of the inference model.
+    task_class: ClassVar[type[AlbefPreTrainedModel]]
+    stages: ClassVar[dict[str, dict[str, bool]]] = {"finetune": {"": True, "momentum": False}}
+
+    def __init__(self, config: AlbefConfig, model: AlbefPreTrainedModel | None = None, **settings: Any) -> None:
+        """
+        Args:
+            config: of the inference model; its `pretraining` entry holds settings that `settings` overrides.
+            model: an existing inference model; by default one is drawn from `config`.
+            settings: fields of `TwinSettings`.
+        """
+        inner = type(config).from_dict(config.to_dict())
+        stored = getattr(inner, "pretraining", None) or {}
+        if hasattr(inner, "pretraining"):
+            del inner.pretraining
+        network = self.task_class(inner) if model is None else model
+        # The inference class may have completed its config (decoder, number of labels).
+        own = type(config).from_dict(network.config.to_dict())
+        known = {name: value for name, value in stored.items() if name in TwinSettings.__dataclass_fields__}
+        chosen = TwinSettings(**{**known, **settings})
+        own.pretraining = asdict(chosen)
+        super().__init__(own)
+        self.settings = chosen
+        self.model = network
+        self.momentum = momentum_twin(network) if chosen.distill else None
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.post_init()
+        if not next(self.parameters()).is_meta:
+            self.reset_momentum()
+
+    @classmethod
+    def from_inference_model(cls, model: AlbefPreTrainedModel, **settings: Any) -> "AlbefTaskFineTuning":
+        """Wraps an inference model, which keeps its weights; the twin starts as its copy."""
+        wrapped = cls(model.config, model=model, **settings)
+        wrapped.reset_momentum()
+        return wrapped
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "AlbefTaskFineTuning":
+        """Continues a fine-tuning, or starts one from any ALBEF folder (see `start_task`).
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            kwargs: fields of `TwinSettings`, `image_size`, and keyword arguments of `PreTrainedModel.from_pretrained`.
+                `dtype` is float32 unless given.
+        """
+        settings = {key: kwargs.pop(key) for key in list(kwargs) if key in TwinSettings.__dataclass_fields__}
+        kwargs.setdefault("dtype", torch.float32)
+        config = kwargs.pop("config", None) or AlbefConfig.from_pretrained(pretrained_model_name_or_path)
+        if cls.__name__ in (config.architectures or []):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **settings, **kwargs)
+        model = start_task(cls.task_class, pretrained_model_name_or_path, config=config, **kwargs)
+        return cls.from_inference_model(model, **settings)
+
+    @property
+    def albef_model(self) -> Any:
+        return self.model.albef
+
+    def reset_momentum(self) -> None:
+        """Sets the twin to the trained weights, as at the start of a training."""
+        if self.momentum is not None:
+            update_twin(self.momentum, self.model, 0.0)
+
+    def pretraining_extras(self) -> dict[str, Tensor]:
+        """Nothing: the twin is of no use once the task is learnt."""
+        return {}
+
+    def set_image_size(self, image_size: int) -> None:
+        """Interpolates the position embeddings of the model and of its twin."""
+        self.model.set_image_size(image_size)
+        self.config.vision_config.image_size = image_size
+        if self.momentum is not None:
+            self.momentum.set_image_size(image_size)
+
+    def step_alpha(self, alpha: float | None) -> float:
+        """Weight of distillation in this step; moves the twin and counts the step when training."""
+        if self.momentum is None:
+            return 0.0
+        if alpha is None:
+            warmup = self.settings.alpha_warmup_steps
+            alpha = self.settings.alpha * (1.0 if not warmup else min(1.0, int(self.steps) / warmup))
+        if self.training:
+            update_twin(self.momentum, self.model, self.settings.momentum)
+            self.steps += 1
+        return alpha
+
+
+class AlbefClassificationFineTuning(AlbefTaskFineTuning):
+    """The classification tasks: cross-entropy with the label and with the twin's opinion."""
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        alpha: float | None = None,
+    ) -> AlbefClassificationOutput:
+        """One step.
+
+        Args:
+            pixel_values: as the inference model takes them.
+            input_ids: (N, L).
+            attention_mask: (N, L).
+            labels: (N,) classes.
+            alpha: weight of distillation; default: by `settings` and the number of steps made.
+
+        Raises:
+            ValueError: labels are missing or out of range.
+        """
+        if labels is None:
+            raise ValueError("labels are missing: fine-tuning needs the class of each text")
+        logits = self.model(pixel_values, input_ids, attention_mask).logits
+        check_labels(labels, *logits.shape)
+        alpha = self.step_alpha(alpha)
+        logits_m = None
+        if alpha > 0:
+            with torch.no_grad():
+                logits_m = self.momentum(pixel_values, input_ids, attention_mask).logits
+        loss = distillation_loss(logits, logits.detach() if logits_m is None else logits_m, labels, alpha)
+        return AlbefClassificationOutput(
+            loss=loss, loss_classification=loss, logits=logits, logits_m=logits_m, alpha=alpha
+        )
+
+    def chance_levels(self, batch: Mapping[str, Any]) -> dict[str, float]:
+        """ln of the number of classes."""
+        return {"loss_classification": math.log(self.model.classifier[-1].out_features)}
+
+
+class AlbefForVisualEntailmentFineTuning(AlbefClassificationFineTuning):
+    """Visual entailment with momentum distillation."""
+
+    task_class = AlbefForVisualEntailment
+
+
+class AlbefForVisualReasoningFineTuning(AlbefClassificationFineTuning):
+    """Reasoning over two images with momentum distillation."""
+
+    task_class = AlbefForVisualReasoning
+
+
+@dataclass
+class AlbefAnsweringOutput(ModelOutput):
+    """
+    Args:
+        loss: weighted sum of the answers' losses over the number of questions of all ranks.
+        loss_vqa: the same, under the name that is logged.
+        answer_loss: (A,) of each answer, summed over its tokens.
+        logits: (T, vocabulary) where a token is predicted, answer after answer.
+        logits_m: the same of the twin; absent when alpha is 0.
+        labels: (T,).
+        alpha: weight of momentum distillation.
+    """
+
+    loss: Tensor | None = None
+    loss_vqa: Tensor | None = None
+    answer_loss: Tensor | None = None
+    logits: Tensor | None = None
+    logits_m: Tensor | None = None
+    labels: Tensor | None = None
+    alpha: float | None = None
+
+
+class AlbefForQuestionAnsweringFineTuning(AlbefTaskFineTuning):
+    """Question answering with weighted answers and momentum distillation."""
+
+    task_class = AlbefForQuestionAnswering
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        labels_attention_mask: Tensor | None = None,
+        answers_per_question: Tensor | None = None,
+        answer_weights: Tensor | None = None,
+        alpha: float | None = None,
+    ) -> AlbefAnsweringOutput:
+        """One step; arguments as in `AlbefForQuestionAnswering.forward`, and `alpha`."""
+        if labels is None:
+            raise ValueError("answers are missing: pass them as labels, one after another for all questions")
+        states, mask = self.model.encode_questions(pixel_values, input_ids, attention_mask)
+        answers, question, weights = self.model.pack_answers(
+            len(states), labels, labels_attention_mask, answers_per_question, answer_weights
+        )
+        logits, targets, row = self.model.score_answers(states, mask, answers, question)
+        alpha = self.step_alpha(alpha)
+        token_loss = (1 - alpha) * F.cross_entropy(logits.float(), targets, reduction="none")
+        logits_m = None
+        if alpha > 0:
+            with torch.no_grad():
+                states_m, _ = self.momentum.encode_questions(pixel_values, input_ids, attention_mask)
+                logits_m, _, _ = self.momentum.score_answers(states_m, mask, answers, question)
+            soft = F.cross_entropy(logits.float(), logits_m.float().softmax(dim=-1), reduction="none")
+            token_loss = token_loss + alpha * soft
+        answer_loss = token_loss.new_zeros(len(answers)).index_add(0, row, token_loss)
+        loss = global_mean((answer_loss * weights).sum(), len(states))
+        return AlbefAnsweringOutput(
+            loss=loss,
+            loss_vqa=loss,
+            answer_loss=answer_loss,
+            logits=logits,
+            logits_m=logits_m,
+            labels=targets,
+            alpha=alpha,
+        )
+
+    def chance_levels(self, batch: Mapping[str, Any]) -> dict[str, float]:
+        """ln of the vocabulary for each token of an answer, with its weight, a question."""
+        labels = batch["labels"]
+        mask = batch.get("labels_attention_mask")
+        if mask is None:
+            mask = (labels != -100) & (labels != self.config.decoder_config.pad_token_id)
+        tokens = mask.bool().sum(dim=1) - 1
+        weights = batch.get("answer_weights")
+        weighted = float((tokens * (1.0 if weights is None else weights)).sum())
+        vocabulary = self.config.decoder_config.vocab_size
+        return {"loss_vqa": math.log(vocabulary) * weighted / len(batch["input_ids"])}
+
+
+def start_task(
+    task_class: type[AlbefPreTrainedModel],
+    folder: str | Path,
+    *,
+    config: AlbefConfig | None = None,
+    image_size: int | None = None,
+    **kwargs: Any,
+) -> AlbefPreTrainedModel:
+    """A task's inference model as fine-tuning begins: from its own checkpoint, or with new heads from any other.
+
+    From another head's checkpoint the classifier is new; the fusion layers become pairs of twins for two images
+    (each layer twice, sharing keys and values); the answer decoder starts as the fusion encoder, its head as the MLM
+    head that `export` keeps beside a pretrained model.
+
+    Args:
+        task_class: one of the inference classes.
+        folder: what `export` or `save_pretrained` of an ALBEF model wrote, or a Hub id.
+        config: instead of the folder's.
+        image_size: interpolate the position embedding to it.
+        kwargs: of `PreTrainedModel.from_pretrained`.
+    """
+    config = config or AlbefConfig.from_pretrained(folder)
+    own = task_class.__name__ in (config.architectures or [])
+    wants_pairs = task_class is AlbefForVisualReasoning
+    if wants_pairs and config.text_config.images_per_text == 1:
+        model = _with_twins(folder, config, **kwargs)
+    else:
+        if not wants_pairs and config.text_config.images_per_text == 2:
+            raise ValueError(f"{folder} has twin layers for pairs of images; {task_class.__name__} takes one image")
+        model = task_class.from_pretrained(folder, config=config, new_parameters=not own, **kwargs)
+    if isinstance(model, AlbefForQuestionAnswering) and not own:
+        extras = Path(folder) / EXTRAS_FILE
+        state = load_file(extras) if extras.is_file() else {}
+        head = {n.removeprefix("mlm_head."): v for n, v in state.items() if n.startswith("mlm_head.")}
+        model.initialise_decoder(head or None)
+    if image_size is not None and image_size != model.config.vision_config.image_size:
+        model.set_image_size(image_size)
+    return model
+
+
+def _with_twins(folder: str | Path, config: AlbefConfig, **kwargs: Any) -> AlbefForVisualReasoning:
+    """Each fusion layer of a one-image checkpoint becomes both layers of a pair."""
+    single = AlbefModel.from_pretrained(folder, config=config, **kwargs)
+    paired = type(config).from_dict(config.to_dict())
+    paired.text_config.images_per_text = 2
+    paired.num_labels = 2
+    model = AlbefForVisualReasoning(paired)
+    model.albef.load_towers(single.vision_model, single.text_model)
+    return model
+
+
+@dataclass
+class AlbefAssignmentOutput(ModelOutput):
+    """
+    Args:
+        loss: cross-entropy of the three classes.
+        loss_ta: the same, under the name that is logged.
+        logits: (B, 3).
+        labels: (B,) 0: the text belongs to the first image, 1: to the second, 2: to neither.
+        image_index: (2, B) own images that are given as first and second.
+        image_features: (B, D) normalised.
+        image_embeds: (B, K, width) image tokens.
+        sampling_weights: (B, B) softmax of the images' similarities, the own one set to 0.
+    """
+
+    loss: Tensor | None = None
+    loss_ta: Tensor | None = None
+    logits: Tensor | None = None
+    labels: Tensor | None = None
+    image_index: Tensor | None = None
+    image_features: Tensor | None = None
+    image_embeds: Tensor | None = None
+    sampling_weights: Tensor | None = None
+
+
+class AlbefForTextAssignment(PreTrainingMixin, AlbefPreTrainedModel):
+    """Pretraining of the two-image model: to which of two images does a text belong? Section 3.5 (NLVR2).
+
+    With equal odds a text belongs to the first, to the second, or to neither of two images; the others are drawn from
+    the batch, the more similar the likelier. `export` writes an `AlbefForVisualReasoning` whose classifier is new.
+    """
+
+    inference_attribute = "reasoning"
+    base_model_prefix = ""
+    _auto_class = None
+    stages: ClassVar[dict[str, dict[str, bool]]] = {
+        "pretrain": {"": True, "reasoning.classifier": False, "vision_projection": False}
+    }
+    # A constant in the original.
+    sampling_temperature = 0.07
+
+    def __init__(self, config: AlbefConfig, reasoning: AlbefForVisualReasoning | None = None) -> None:
+        """
+        Args:
+            config: with `images_per_text` 2.
+            reasoning: an existing inference model; by default one is drawn from `config`.
+        """
+        super().__init__(config)
+        self.reasoning = AlbefForVisualReasoning(config) if reasoning is None else reasoning
+        # The contrastive projection only chooses the other images here; it comes from the one-image pretraining.
+        self.vision_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
+        self.assignment_head = nn.Linear(config.text_config.hidden_size, 3)
+        self.post_init()
+
+    @classmethod
+    def from_retrieval(cls, folder: str | Path, **kwargs: Any) -> "AlbefForTextAssignment":
+        """Starts from a pretrained `AlbefForImageTextRetrieval` folder, whose projection chooses the images."""
+        retrieval = AlbefForImageTextRetrieval.from_pretrained(folder, **kwargs)
+        reasoning = start_task(AlbefForVisualReasoning, folder, **kwargs)
+        model = cls(reasoning.config, reasoning)
+        model.vision_projection.load_state_dict(retrieval.vision_projection.state_dict())
+        return model
+
+    @property
+    def albef_model(self) -> Any:
+        return self.reasoning.albef
+
+    @torch.no_grad()
+    def sampling_weights(self, image_features: Tensor) -> Tensor:
+        """(B, B): softmax over the cosines of images at the constant temperature, the diagonal set to 0."""
+        similarity = image_features @ image_features.t() / self.sampling_temperature
+        return similarity.softmax(dim=1).fill_diagonal_(0)
+
+    @staticmethod
+    def assign(weights: Tensor, branch: Tensor, order: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels and images of texts from draws.
+
+        Args:
+            weights: (B, B), for its device.
+            branch: (B,) uniform; above 1/3 the own image is one of the two.
+            order: (B,) uniform; above 1/2 it is the first.
+            others: (B, 2) two other images; the second is only used without the own one.
+
+        Returns:
+            labels (B,) and image index (2, B).
+        """
+        own = torch.arange(len(weights), device=weights.device)
+        labels = torch.where(branch > 1 / 3, torch.where(order > 0.5, 0, 1), 2)
+        first = torch.where(labels == 0, own, others[:, 0])
+        second = torch.where(labels == 0, others[:, 0], torch.where(labels == 1, own, others[:, 1]))
+        return labels, torch.stack([first, second])
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        draws: tuple[Tensor, Tensor, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        return_loss: bool = True,
+    ) -> AlbefAssignmentOutput:
+        """One step. The other images are those of this rank, as in the original; the loss is a mean over all ranks.
+
+        Args:
+            pixel_values: (B, 3, H, W), B at least 3.
+            input_ids: (B, L).
+            attention_mask: (B, L).
+            draws: `branch`, `order` and `others` of `assign` instead of drawn ones.
+            generator: source of the draws.
+            return_loss: only tells `Trainer` that a loss comes without labels.
+
+        Raises:
+            ValueError: fewer than three images to draw two others from.
+        """
+        albef = self.reasoning.albef
+        image_states = albef.encode_images(pixel_values)
+        number = len(image_states)
+        if number < 3:
+            raise ValueError(
+                f"text assignment draws two other images of the batch, but it has {number}: use 3 or more"
+            )
+        features = F.normalize(self.vision_projection(image_states[:, 0]), dim=-1)
+        weights = self.sampling_weights(features)
+        if draws is None:
+            device = torch.device("cpu") if generator is None else generator.device
+            branch, order = torch.rand(2, number, generator=generator, device=device).to(weights.device)
+            # Images too far away for their weight to be a number may still be needed as the second one.
+            odds = weights.clamp(min=torch.finfo(weights.dtype).tiny).fill_diagonal_(0)
+            others = torch.multinomial(odds.to(device), 2, generator=generator).to(weights.device)
+        else:
+            branch, order, others = draws
+        labels, image_index = self.assign(weights, branch, order, others)
+        texts = PackedTexts.from_padded(input_ids, attention_mask)
+        fused = albef.fuse_pairs(
+            texts, albef.text_model.encode(texts), image_states, image_index.cpu(), keep=texts.first
+        )
+        logits = self.assignment_head(fused)
+        loss = global_mean(F.cross_entropy(logits.float(), labels, reduction="sum"), number)
+        return AlbefAssignmentOutput(
+            loss=loss,
+            loss_ta=loss,
+            logits=logits,
+            labels=labels,
+            image_index=image_index,
+            image_features=features,
+            image_embeds=image_states,
+            sampling_weights=weights,
+        )
+
+    def chance_levels(self, batch: Mapping[str, Any]) -> dict[str, float]:
+        """ln 3."""
+        return {"loss_ta": math.log(3)}
+
+
+__all__ = [
+    "AlbefForQuestionAnsweringFineTuning",
+    "AlbefForRetrievalFineTuning",
+    "AlbefForTextAssignment",
+    "AlbefForVisualEntailmentFineTuning",
+    "AlbefForVisualReasoningFineTuning",
+    "TwinSettings",
+    "start_task",
+]

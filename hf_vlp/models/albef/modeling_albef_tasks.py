@@ -1,5 +1,6 @@
 """ALBEF's heads for visual entailment, reasoning over two images and question answering (section 3.5)."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,20 +194,25 @@ class AlbefForQuestionAnswering(AlbefPreTrainedModel):
             head: state of the MLM head (`transform.dense.weight`, …); None leaves the decoder's head as it is.
         """
         text = self.config.text_config
-        if self.config.decoder_config.encoder_width != text.encoder_width:
-            # Differs from the original: it can only start where both widths are equal.
-            raise ValueError(
-                "the decoder's cross-attention looks at text states and cannot start from cross-attention on images "
-                f"of another width ({text.encoder_width}, the text tower has {text.hidden_size})"
+        # Differs from the original, which needs both towers to be of one width: where they are not, the decoder's
+        # projections of text states cannot start from those of image tokens and stay new.
+        unequal = self.config.decoder_config.encoder_width != text.encoder_width
+        if unequal:
+            warnings.warn(
+                f"the image tower is {text.encoder_width} wide, the text tower {text.hidden_size}: keys and values of "
+                "the decoder's cross-attention start at random",
+                stacklevel=2,
             )
         source = self.albef.text_model.state_dict()
         state = {name: value for name, value in source.items() if name.startswith("embeddings.")}
         for name, value in source.items():
             parts = name.split(".")
             if parts[:2] == ["encoder", "layer"] and int(parts[2]) >= text.fusion_layer:
+                if unequal and parts[3:5] == ["crossattention", "self"] and parts[5] in ("key", "value"):
+                    continue
                 parts[2] = str(int(parts[2]) - text.fusion_layer)
                 state[".".join(parts)] = value
-        self.decoder.text_model.load_state_dict(state)
+        self.decoder.text_model.load_state_dict(state, strict=not unequal)
         if head is not None:
             own = {name: value for name, value in head.items() if not name.startswith("decoder.")}
             missing, unexpected = self.decoder.lm_head.load_state_dict(own, strict=False)
