@@ -23,7 +23,7 @@ class Architecture:
         objectives: the papers' abbreviations, in the order of the total loss.
         script: stage -> file of `training_scripts/`.
         classes: role -> `"module:Class"`. Roles: `config`, `model`, `pretraining`, `retrieval`, `captioning`, `vqa`,
-            `zero_shot`, `processor`.
+            `visual_reasoning`, `visual_entailment`, `zero_shot`, `processor`.
         reference: system of the reference cases, None where there is none.
     """
 
@@ -50,6 +50,7 @@ class Architecture:
 
 _CLIP = "hf_vlp.models.clip"
 _BLIP2 = "hf_vlp.models.blip2"
+_ALBEF = "hf_vlp.models.albef"
 
 ARCHITECTURES: dict[str, Architecture] = {
     a.model_type: a
@@ -155,6 +156,26 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "processor": f"{_BLIP2}.processing_blip_2:Blip2Processor",
             },
             reference="blip2",
+        ),
+        Architecture(
+            model_type="albef",
+            title="ALBEF",
+            paper="2107.07651",
+            native=False,
+            objectives=("ITC", "ITM", "MLM"),
+            script={"pretrain": "albef.py"},
+            classes={
+                "config": f"{_ALBEF}.configuration_albef:AlbefConfig",
+                "model": f"{_ALBEF}.modeling_albef:AlbefModel",
+                "retrieval": f"{_ALBEF}.modeling_albef:AlbefForImageTextRetrieval",
+                "zero_shot": f"{_ALBEF}.modeling_albef:AlbefForImageTextRetrieval",
+                "vqa": f"{_ALBEF}.modeling_albef_tasks:AlbefForQuestionAnswering",
+                "visual_reasoning": f"{_ALBEF}.modeling_albef_tasks:AlbefForVisualReasoning",
+                "visual_entailment": f"{_ALBEF}.modeling_albef_tasks:AlbefForVisualEntailment",
+                "pretraining": f"{_ALBEF}.pretraining_albef:AlbefForPreTraining",
+                "processor": f"{_ALBEF}.processing_albef:AlbefProcessor",
+            },
+            reference="albef",
         ),
     )
 }
