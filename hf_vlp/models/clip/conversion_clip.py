@@ -9,6 +9,7 @@ trained with `quick_gelu`, most of OpenCLIP's models use `gelu`).
 """
 
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -298,17 +299,21 @@ def read_original(path: str | Path, *, allow_torchscript: bool = False) -> dict[
     path = Path(path)
     if path.suffix == ".safetensors":
         return unwrap_state_dict(load_file(path))
-    try:
+    if not _is_scripted(path):
         return unwrap_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except RuntimeError as error:
-        if "TorchScript" not in str(error):
-            raise
-        if not allow_torchscript:
-            raise ValueError(
-                f"{path} is a scripted model, which is a program and not only weights; if you trust its source, pass "
-                "allow_torchscript=True"
-            ) from error
+    if not allow_torchscript:
+        raise ValueError(
+            f"{path} is a scripted model, which is a program and not only weights; if you trust its source, pass "
+            "allow_torchscript=True"
+        )
     return unwrap_state_dict(torch.jit.load(path, map_location="cpu").state_dict())
+
+
+def _is_scripted(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def model_from_original(state: Mapping[str, Tensor], **config_options: Any) -> PreTrainedModel:
