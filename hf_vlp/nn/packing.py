@@ -128,6 +128,13 @@ class PackedTexts:
         grid = place_rows(values, self.slots, len(self) * self.longest)
         return grid.view(len(self), self.longest, *values.shape[1:])
 
+    def pad_left(self, pad_token_id: int) -> tuple[Tensor, Tensor]:
+        """Ids (S, L) and mask (S, L) with the texts aligned to the right."""
+        grid = torch.full((len(self), self.longest), pad_token_id, device=self.input_ids.device)
+        columns = self.positions + (self.longest - self.lengths)[self.rows]
+        grid[self.rows, columns] = self.input_ids
+        return grid, self.mask.flip(1).long()
+
     def select(self, index: Tensor) -> "PackedTexts":
         """The texts `index` (P,), in that order; a text may be named several times."""
         return PackedTexts.from_padded(self.pad(self.input_ids)[index], self.mask[index])

@@ -165,6 +165,18 @@ class Blip2ForImageTextRetrieval(Blip2BackboneMixin, transformers.Blip2ForImageT
         Raises:
             ValueError: `images` carry no states, or the lengths differ.
         """
+        return self._pair_logits(images, image_index, input_ids, attention_mask)[:, 1]
+
+    def matching_probabilities(
+        self, images: ImageEmbeds, image_index: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Probability of "match" for P pairs, (P,); arguments as of `matching_scores`."""
+        return self._pair_logits(images, image_index, input_ids, attention_mask).softmax(dim=-1)[:, 1]
+
+    def _pair_logits(
+        self, images: ImageEmbeds, image_index: Tensor, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
+        """(P, 2) logits of "no match" and "match"."""
         if images.states is None:
             raise ValueError("images have no states; make them with embed_images of this model")
         if image_index.shape != input_ids.shape[:1]:
@@ -174,7 +186,7 @@ class Blip2ForImageTextRetrieval(Blip2BackboneMixin, transformers.Blip2ForImageT
             )
         wanted, index = image_index.unique(return_inverse=True)
         keys = project_images(self.qformer, images.states[wanted.to(images.states.device)])
-        return self.matching_logits(self.texts(input_ids, attention_mask), keys, index)[:, 1]
+        return self.matching_logits(self.texts(input_ids, attention_mask), keys, index)
 
     def extract_features(
         self,

@@ -16,6 +16,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
+from hf_vlp.models.blip2.captioning_blip_2 import Blip2QFormerCaptioner
 from hf_vlp.models.blip2.initialization_blip_2 import start_from_vision_and_qformer
 from hf_vlp.models.blip2.processing_blip_2 import add_decoder_token
 from hf_vlp.models.blip2.qformer import (
@@ -445,6 +446,55 @@ class Blip2ForPreTraining(PreTrainingMixin, PreTrainedModel):
     def token_logits(self, states: Tensor) -> Tensor:
         """(..., hidden) Q-Former text outputs to (..., vocabulary) logits."""
         return self.itg_head(states, self.retrieval.embeddings.word_embeddings.weight)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **generate_kwargs: Any,
+    ) -> Any:
+        """Captions by the Q-Former itself: greedy, beam search, sampling, as the generation arguments say.
+
+        Args:
+            pixel_values: (B, 3, H, W), or `image_embeds`, their cached tower outputs.
+            input_ids: (B, L) how the captions shall begin, as the stage-1 processor gives it ([CLS] … [SEP]); [DEC]
+                takes
+                the place of [CLS], and [SEP] is left out. By default they begin with [DEC] alone.
+            attention_mask: (B, L).
+            generate_kwargs: as for `generate` of any language model.
+
+        Returns:
+            (B, length) ids, [DEC] first, or what `return_dict_in_generate` asks for.
+
+        Raises:
+            ValueError: no end token is known.
+        """
+        model = self.retrieval
+        captioner = Blip2QFormerCaptioner(self)
+        if captioner.generation_config.eos_token_id is None and generate_kwargs.get("eos_token_id") is None:
+            raise ValueError("no token ends a caption: pass eos_token_id=tokenizer.sep_token_id")
+        images = project_images(
+            model.qformer, model.image_features(pixel_values, image_embeds, interpolate_pos_encoding)
+        )
+        cache = query_pass(model.qformer, model.query_tokens, images, with_cache=True).cache
+        if input_ids is None:
+            input_ids = torch.full((images.count, 1), self.settings.decoder_start_token_id, device=self.device)
+            attention_mask = torch.ones_like(input_ids)
+        else:
+            start = model.texts(input_ids, attention_mask).with_first(self.settings.decoder_start_token_id)
+            # Left padding: what is written comes right behind the prompt.
+            input_ids, attention_mask = start.without_last().pad_left(self.config.qformer_config.pad_token_id)
+        return captioner.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            query_keys=torch.stack([key for key, _ in cache], dim=1),
+            query_values=torch.stack([value for _, value in cache], dim=1),
+            **generate_kwargs,
+        )
 
     def chance_levels(self, batch: Mapping[str, Any]) -> dict[str, float]:
         """ITC ln G over G pairs, ITM the entropy of one match in three, ITG ln V; in nats."""
