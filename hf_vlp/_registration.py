@@ -1,9 +1,9 @@
 """Makes transformers know our architectures and tasks, without importing either of them.
 
 `register()` costs a few microseconds: it only leaves hooks for the modules of transformers that hold the tables. A
-hook fires when its module has been imported (at once, if it was imported before us) and enters *names*; our classes are
-imported when somebody first asks a table for them. So `import hf_vlp` needs no torch, and importing a single model of
-transformers never pulls ours in (which would be a circular import for the ones we build on).
+hook fires when its module has been imported (at once, if it was imported before us) and enters *names*; our classes
+are imported when somebody first asks a table for them. So `import hf_vlp` needs no torch, and importing a single model
+of transformers never pulls ours in (which would be a circular import for the ones we build on).
 
 After it:
 
@@ -24,12 +24,16 @@ from typing import Any
 
 from hf_vlp.models.catalog import ARCHITECTURES, Architecture
 
-# Role in the catalogue -> Auto classes that should find the class.
+# Role in the catalogue -> Auto classes that should find the class, beside `AutoModel`, which finds all of them.
 AUTO_CLASSES: dict[str, tuple[str, ...]] = {
-    "model": ("AutoModel",),
-    "zero_shot": ("AutoModelForZeroShotImageClassification",),
+    "model": (),
     "captioning": ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
+    "zero_shot": ("AutoModelForZeroShotImageClassification",),
+    "retrieval": ("AutoModelForZeroShotImageClassification",),
+    "vqa": ("AutoModelForVisualQuestionAnswering",),
 }
+# Roles that no Auto class gives.
+_NOT_MODELS = ("config", "processor", "pretraining")
 
 # Task -> (class of the pipeline, Auto classes that load its model, type, default checkpoint).
 TASKS: dict[str, tuple[str, tuple[str, ...], str, tuple[str, str] | None]] = {
@@ -77,16 +81,18 @@ class LazyEntries(dict):
     """The dictionary of registered extras of a table of transformers, with entries that are still to be imported.
 
     Attributes:
-        pending: key -> `"module:Class"` of the value. A key is a model type, or, in the tables that go from a config
+        pending: key -> `"module:Class"` of the value, or several, of which an Auto class takes the one that
+            `architectures` of the `config.json` names. A key is a model type, or, in the tables that go from a config
             class to something else, the `"module:Class"` of that config.
     """
 
     def __init__(self, entries: dict[Any, Any] | None = None) -> None:
         super().__init__(entries or {})
-        self.pending: dict[str, str] = {}
+        self.pending: dict[str, str | tuple[str, ...]] = {}
 
     def _resolve(self, key: str) -> None:
-        value = _load(self.pending[key])
+        pending = self.pending[key]
+        value = _load(pending) if isinstance(pending, str) else tuple(_load(entry) for entry in pending)
         self.setdefault(_load(key) if ":" in key else key, value)
         # Only now: a failed import must be reported again at the next try.
         self.pending.pop(key, None)
@@ -106,7 +112,7 @@ class LazyEntries(dict):
         return super().__getitem__(key)
 
     def get(self, key: Any, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401  (it is this method)
 
     def __len__(self) -> int:
         return super().__len__() + len(self.pending)
@@ -132,7 +138,17 @@ def _own_architectures() -> list[Architecture]:
     return [architecture for architecture in ARCHITECTURES.values() if not architecture.native]
 
 
-def _enter(mapping: Any, key: str, value: str) -> None:
+def classes_of(architecture: Architecture) -> dict[str, tuple[str, ...]]:
+    """Auto class -> `"module:Class"` of those that it may give for the architecture, the most likely first."""
+    found: dict[str, list[str]] = {}
+    for role in dict.fromkeys([*AUTO_CLASSES, *architecture.classes]):
+        if role in architecture.classes and role not in _NOT_MODELS:
+            for name in ("AutoModel", *AUTO_CLASSES.get(role, ())):
+                found.setdefault(name, []).append(architecture.classes[role])
+    return {name: tuple(dict.fromkeys(references)) for name, references in found.items()}
+
+
+def _enter(mapping: Any, key: str, value: str | tuple[str, ...]) -> None:
     """Adds a pending entry to one of transformers' tables."""
     if not isinstance(mapping._extra_content, LazyEntries):
         mapping._extra_content = LazyEntries(mapping._extra_content)
@@ -147,11 +163,10 @@ def _register_configs(module: ModuleType) -> None:
 
 def _register_models(module: ModuleType) -> None:
     for architecture in _own_architectures():
-        for role, auto_classes in AUTO_CLASSES.items():
-            for name in auto_classes:
-                if role in architecture.classes and hasattr(module, name):
-                    mapping = getattr(module, name)._model_mapping
-                    _enter(mapping, architecture.classes["config"], architecture.classes[role])
+        for name, classes in classes_of(architecture).items():
+            if hasattr(module, name):
+                mapping = getattr(module, name)._model_mapping
+                _enter(mapping, architecture.classes["config"], classes[0] if len(classes) == 1 else classes)
 
 
 def _register_processors(module: ModuleType) -> None:
@@ -164,8 +179,8 @@ class _ConfigLoader:
     """Stands for `AutoConfig` inside `transformers.pipelines`.
 
     A folder that we saved names the pipeline file that it carries (`custom_pipelines`), for machines without this
-    package. Here the same pipelines are installed, so those entries are hidden and no `trust_remote_code` is asked for.
-    Pipelines that other people's folders carry are left alone.
+    package. Here the same pipelines are installed, so those entries are hidden and no `trust_remote_code` is asked
+    for. Pipelines that other people's folders carry are left alone.
     """
 
     def __init__(self, auto_config: type) -> None:
@@ -226,9 +241,10 @@ _HOOKS: dict[str, Callable[[ModuleType], None]] = {
 }
 
 
-def _followed_by(
-    run: Callable[[ModuleType], None], hook: Callable[[ModuleType], None]
-) -> Callable[[ModuleType], None]:
+Hook = Callable[[ModuleType], None]
+
+
+def _followed_by(run: Hook, hook: Hook) -> Hook:
     def exec_module(module: ModuleType) -> None:
         run(module)
         hook(module)

@@ -7,7 +7,7 @@ from pathlib import Path
 from hf_vlp.cli.main import parser
 
 _EXAMPLES = """\
-  hf-vlp card outputs/blip2-opt/model --license mit --data_card card.yaml --results coco.json
+  hf-vlp card outputs/blip2-opt/model --license mit --card card.yaml --results coco.json
   hf-vlp card outputs/clip/model --license apache-2.0 --print
 
 card.yaml holds fields of `hf_vlp.hub.CardData`: data, datasets, recipe, command, base_models, language, limits, ...
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     command.add_argument("folder", metavar="FOLDER", help="folder of `save_pretrained`")
     command.add_argument("--repo_id", help="name that the card's snippets load; the folder's name if left out")
     command.add_argument("--license", help="identifier of the Hub's list, e.g. mit; 'unknown' if left out")
-    command.add_argument("--data_card", metavar="FILE", help="YAML or JSON with what the card says")
+    command.add_argument("--card", metavar="FILE", help="YAML or JSON with what the card says")
     command.add_argument("--results", nargs="+", default=[], metavar="FILE", help="results of `hf-vlp evaluate`")
     command.add_argument("--dataset_id", nargs="+", default=[], metavar="ID", help="Hub ids of the results' data sets")
     command.add_argument("--print", action="store_true", help="print the card and write nothing")
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     from hf_vlp.hub.card import CardData, metrics_from_result, render_card, write_card
     from hf_vlp.hub.saving import complete_folder
 
-    card = CardData.from_file(options.data_card) if options.data_card else CardData()
+    card = CardData.from_file(options.card) if options.card else CardData()
     if options.license:
         card = replace(card, license=options.license)
     metrics = list(card.metrics)

@@ -33,14 +33,21 @@ FORMATS: dict[str, Format] = {
     "openai-clip": Format(
         "hf_vlp.cli.convert:convert_clip", "CLIP of OpenAI or OpenCLIP, ViT, ResNet or EVA (.pt, .bin, .safetensors)"
     ),
+    "lavis-blip2": Format(
+        "hf_vlp.cli.convert:convert_blip2", "BLIP-2 of LAVIS, stage 1 or stage 2 (.pth, .safetensors)"
+    ),
     "to-openai-clip": Format(
         "hf_vlp.cli.convert:export_clip", "the other way: a folder of ours to a file under the original names"
     ),
+    "to-lavis-blip2": Format("hf_vlp.cli.convert:export_blip2", "the other way, either stage"),
 }
 
 _EXAMPLES = """\
   hf-vlp convert openai-clip RN50.pt outputs/clip-rn50 --vocabulary bpe_simple_vocab_16e6.txt.gz --allow_torchscript
   hf-vlp convert openai-clip open_clip_pytorch_model.bin outputs/clip-b32 --hidden_act gelu
+  hf-vlp convert lavis-blip2 blip2_pretrained.pth outputs/stage1 --vision eva_vit_g.pth --tokenizer bert-base-uncased
+  hf-vlp convert lavis-blip2 blip2_pretrained_opt2.7b.pth outputs/blip2 --language_model facebook/opt-2.7b \\
+      --vision eva_vit_g.pth
   hf-vlp convert to-openai-clip outputs/clip-rn50 clip.safetensors
   hf-vlp convert openai-clip --help     # with the options of that format
 
@@ -85,7 +92,9 @@ _HELP = {
     "text_heads": "attention heads of the text tower, where they are not width / 64",
     "hidden_act": "activation: quick_gelu (OpenAI) or gelu (most of OpenCLIP)",
     "vocabulary": "CLIP's vocabulary file bpe_simple_vocab_16e6.txt.gz; without it no processor is written",
-    "tokenizer": "folder or Hub id of a tokenizer instead",
+    "tokenizer": "folder or Hub id of a tokenizer; without one no processor is written",
+    "vision": "file of the image tower, where the checkpoint lacks it",
+    "language_model": "folder or Hub id of the language model, where the checkpoint lacks it",
 }
 
 
@@ -125,3 +134,51 @@ def export_clip(source: Path, target: Path) -> None:
     from hf_vlp.models.clip.conversion_clip import save_original
 
     save_original(load_class(source, "model").from_pretrained(source), target)
+
+
+def convert_blip2(
+    source: Path,
+    target: Path,
+    vision: str | None = None,
+    language_model: str | None = None,
+    tokenizer: str | None = None,
+    vision_heads: int | None = None,
+) -> None:
+    """A BLIP-2 checkpoint of LAVIS, of either stage, to a folder with card and, given a tokenizer, processor."""
+    from transformers import AutoTokenizer
+
+    from hf_vlp.hub.saving import save_for_hub
+    from hf_vlp.models.blip2.conversion_blip_2 import model_from_original, read_original
+    from hf_vlp.models.blip2.language_blip_2 import load_language_model, prepare_language_model
+    from hf_vlp.models.blip2.processing_blip_2 import Blip2Processor, default_image_processor
+    from hf_vlp.models.pretraining import PreTrainingMixin
+
+    state = read_original(source)
+    settings: dict[str, Any] = {} if vision_heads is None else {"vision_heads": vision_heads}
+    words = AutoTokenizer.from_pretrained(tokenizer or language_model) if tokenizer or language_model else None
+    processor = None
+    if language_model is not None:
+        processor = Blip2Processor.for_language_model(words, state["query_tokens"].shape[1])
+        settings["language_model"] = load_language_model(language_model, dtype="float32")
+        prepare_language_model(settings["language_model"], processor)
+        settings["image_token_id"] = processor.image_token_id
+    elif words is not None:
+        processor = Blip2Processor.for_retrieval(words)
+    model = model_from_original(state, vision=None if vision is None else read_original(vision), **settings)
+    if processor is not None:
+        processor.image_processor = default_image_processor(model.config.vision_config.image_size)
+    save_for_hub(model, processor, target)
+    if isinstance(model, PreTrainingMixin):
+        model.save_extras(target)
+
+
+def export_blip2(source: Path, target: Path) -> None:
+    """A folder of ours, of either stage, to one file under the names of LAVIS."""
+    from transformers import AutoConfig
+
+    from hf_vlp.models.blip2.conversion_blip_2 import save_original
+    from hf_vlp.models.catalog import architecture_of
+
+    names = AutoConfig.from_pretrained(source).architectures or [""]
+    role = "pretraining" if "Retrieval" in names[0] else "captioning"
+    save_original(architecture_of(source).load(role).from_pretrained(source), target)

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import re
 import types
 import typing
 from typing import Any
@@ -102,7 +103,7 @@ def add_options(group: Any, task: str) -> dict[str, str]:
 
     added = {}
     parameters = task_options(task)
-    hints = _types(task)
+    hints, texts = _types(task), _descriptions(task)
     for name, parameter in parameters.items():
         if name in ("batch_size", "limit") or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
@@ -110,7 +111,8 @@ def add_options(group: Any, task: str) -> dict[str, str]:
         if kind is None:
             continue
         default = None if parameter.default is inspect.Parameter.empty else parameter.default
-        shown = "" if default is None else f"(by default {default})"
+        shown = " ".join(filter(None, (texts.get(name), None if default is None else f"(by default {default})")))
+        shown = shown.replace("%", "%%")
         if kind is bool:
             group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=shown)
         elif many:
@@ -119,6 +121,27 @@ def add_options(group: Any, task: str) -> dict[str, str]:
             group.add_argument(f"--{name}", type=kind, default=None, help=shown, metavar=kind.__name__)
         added[name] = name
     return added
+
+
+def _descriptions(task: str) -> dict[str, str]:
+    """Parameter -> what the docstring of the task's function says of it."""
+    from hf_vlp.evaluation.run import task_named
+
+    lines = (inspect.getdoc(task_named(task).load()) or "").splitlines()
+    texts: dict[str, list[str]] = {}
+    inside = False
+    name = ""
+    for line in lines:
+        if line.startswith("Args:"):
+            inside = True
+        elif inside and line and not line.startswith(" "):
+            break
+        elif inside and (found := re.match(r"    (\w+)(?: \([^)]*\))?: (.*)", line)):
+            name = found[1]
+            texts[name] = [found[2]]
+        elif inside and name and line.startswith("        "):
+            texts[name].append(line.strip())
+    return {name: " ".join(parts).replace("`", "").rstrip(".") for name, parts in texts.items()}
 
 
 def _types(task: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The command `hf-vlp`: reads the command line and hands over to the file of the subcommand.
 
-Nothing heavy is imported before a subcommand runs, so that `--help` answers at once. An error that the user can mend is
-one line on the standard error, with what is wrong, where, and what to do; `--debug` (or `HF_VLP_DEBUG=1`) adds the
+Nothing heavy is imported before a subcommand runs, so that `--help` answers at once. An error that the user can mend
+is one line on the standard error, with what is wrong, where, and what to do; `--debug` (or `HF_VLP_DEBUG=1`) adds the
 traceback. Exit status: 0 done, 1 failed, 2 wrong usage, 3 done in part (some inputs were skipped), 130 interrupted.
 """
 

@@ -25,17 +25,19 @@ def main(argv: list[str]) -> int:
     command.add_argument("--verify", action="store_true", help="first load the folder without hf_vlp and compare")
     options = command.parse_args(argv)
 
-    from hf_vlp.hub.card import CARD_FILE, CardData, write_card
     from hf_vlp.hub.pushing import push
-    from hf_vlp.hub.saving import complete_folder
-    from hf_vlp.hub.verification import verify_folder
 
     folder = Path(options.folder)
-    if (folder / "config.json").is_file() and not (folder / CARD_FILE).is_file():
+    if (folder / "config.json").is_file() and not (folder / "README.md").is_file():
+        from hf_vlp.hub.card import CardData, write_card
+        from hf_vlp.hub.saving import complete_folder
+
         complete_folder(folder)
-        write_card(folder, CardData(license=options.license or "unknown"), options.repo_id)
-        print(f"wrote {folder / CARD_FILE}; fill it with `hf-vlp card {folder}`", file=sys.stderr)
+        card = write_card(folder, CardData(license=options.license or "unknown"), options.repo_id)
+        print(f"wrote {card}; fill it with `hf-vlp card {folder}`", file=sys.stderr)
     if options.verify:
+        from hf_vlp.hub.verification import verify_folder
+
         verify_folder(folder)
     print(
         push(

@@ -87,10 +87,8 @@ def launch_command(
         if accelerate_config is None:
             # Named one by one: accelerate warns of every value that it has to choose. Port 0 is any free one.
             command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-            command += ["--multi_gpu", "--main_process_port", "0"]
-            if not _has_accelerator() and "--use_cpu" not in arguments:
-                # Without it accelerate would start N runs that know nothing of each other.
-                arguments = [*arguments, "--use_cpu", "true"]
+            # On the CPU the launcher starts one process; the scripts start the others.
+            command += ["--main_process_port", "0", "--multi_gpu"] if _has_accelerator() else ["--cpu"]
     return [*command, str(script), *arguments]
 
 

@@ -1,7 +1,7 @@
 """Model cards: a template of `model_cards/` an architecture, filled with what the user and the folder know.
 
-Metrics are written twice: as `model-index` in the card's metadata, which every tool reads, and, where their data set is
-on the Hub, as `.eval_results/<data set>.yaml`, which the Hub's newer leaderboards read.
+Metrics are written twice: as `model-index` in the card's metadata, which every tool reads, and, where their data set
+is on the Hub, as `.eval_results/<data set>.yaml`, which the Hub's newer leaderboards read.
 """
 
 import json
@@ -182,15 +182,14 @@ def recipe_of(arguments: Any) -> dict[str, Any]:
 
 
 def role_of(config: Mapping[str, Any], architecture: Architecture) -> str:
-    """`"captioning"`, `"retrieval"` or `"zero_shot"`: which of the architecture's models a folder holds."""
-    names = config.get("architectures") or [""]
-    for role in ("captioning", "zero_shot", "retrieval"):
-        if architecture.classes.get(role, "").endswith(f":{names[0]}"):
+    """Which of the architecture's models a folder holds: the role in the catalogue of the class that it names."""
+    name = (config.get("architectures") or [""])[0]
+    roles = list(dict.fromkeys(["captioning", "zero_shot", "retrieval", "vqa", *architecture.classes]))
+    for role in roles:
+        if architecture.classes.get(role, "").endswith(f":{name}"):
             return role
-    for role in ("captioning", "zero_shot", "retrieval"):
-        if role in architecture.classes:
-            return role
-    return "model"
+    # A base class of transformers' (`Blip2Model`): it can do what the architecture is first of all for.
+    return next(role for role in roles if role in architecture.classes)
 
 
 # Role -> task of the Hub's list.
@@ -198,7 +197,7 @@ PIPELINE_TAGS = {
     "captioning": "image-to-text",
     "retrieval": "zero-shot-image-classification",
     "zero_shot": "zero-shot-image-classification",
-    "model": "feature-extraction",
+    "vqa": "visual-question-answering",
 }
 
 
@@ -212,7 +211,7 @@ def render_card(folder: str | Path, card: CardData | None = None, repo_id: str |
 
     Raises:
         FileNotFoundError: the folder has no `config.json`.
-        ValueError: there is no template for its model type.
+        ValueError: its model type is not in the catalogue.
     """
     folder = Path(folder)
     card = card or CardData()
@@ -223,21 +222,22 @@ def render_card(folder: str | Path, card: CardData | None = None, repo_id: str |
     architecture = ARCHITECTURES.get(config.get("model_type", ""))
     if architecture is None:
         raise ValueError(
-            f"{folder}: model type {config.get('model_type')!r} has no card template; there are: {sorted(ARCHITECTURES)}"
+            f"{folder}: model type {config.get('model_type')!r} has no card template; known: {sorted(ARCHITECTURES)}"
         )
     role = role_of(config, architecture)
+    tag = PIPELINE_TAGS.get(role, "image-feature-extraction")
     name = card.name or (repo_id or folder.resolve().name).split("/")[-1]
     metadata = ModelCardData(
         license=card.license,
         library_name="transformers",
-        pipeline_tag=PIPELINE_TAGS[role],
+        pipeline_tag=tag,
         language=card.language or None,
         datasets=card.datasets or None,
         base_model=card.base_models or None,
         metrics=sorted({metric.name for metric in card.metrics}) or None,
         tags=["hf_vlp", "vision-language", architecture.model_type, *card.tags],
         model_name=name,
-        eval_results=[_model_index_entry(metric, PIPELINE_TAGS[role]) for metric in card.metrics] or None,
+        eval_results=[_model_index_entry(metric, tag) for metric in card.metrics] or None,
     )
     environment = Environment(
         loader=FileSystemLoader(resource_folder("model_cards")),
@@ -246,7 +246,7 @@ def render_card(folder: str | Path, card: CardData | None = None, repo_id: str |
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    text = environment.get_template(f"{architecture.model_type}.md").render(
+    text = environment.select_template([f"{architecture.model_type}.md", "_default.md"]).render(
         metadata=metadata.to_yaml(),
         name=name,
         repo_id=repo_id or folder.resolve().name,

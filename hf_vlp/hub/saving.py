@@ -3,14 +3,15 @@
 import copy
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, ProcessorMixin
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
-from hf_vlp._registration import AUTO_CLASSES
+from hf_vlp._registration import classes_of
 from hf_vlp.hub.card import CardData, role_of, write_card
 from hf_vlp.models.catalog import Architecture, architecture_of
 
@@ -56,7 +57,7 @@ def save_for_hub(
     The folder appears whole or not at all: everything is written beside it and then moved into place.
 
     Args:
-        model: the model; of a pretraining model the inference model is saved, and LoRA adapters are merged into a copy.
+        model: the model; of a pretraining model the inference model is saved; LoRA is merged into a copy.
         processor: its processor; None keeps the folder without one, which no pipeline can use.
         folder: where to.
         card: what the model card says.
@@ -150,31 +151,36 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def ship_code(model: PreTrainedModel, architecture: Architecture) -> None:
-    """Has `save_pretrained` of this class, now and later, write its code beside the weights."""
-    if type(model.config)._auto_class is None:
-        type(model.config).register_for_auto_class()
-    if type(model)._auto_class is not None:
-        return
-    classes = auto_classes(type(model).__name__, architecture)
-    if not classes:
-        raise ValueError(
-            f"{type(model).__name__} has none of the roles {sorted(AUTO_CLASSES)} of {architecture.model_type!r}; "
-            "save its inference model"
-        )
-    type(model).register_for_auto_class(classes[0])
+    """Has `save_pretrained` of this class, now and later, write its code beside the weights.
+
+    A class whose file needs this package can't travel; it writes the code of a class that can by itself.
+    """
+    for cls in (type(model.config), type(model)):
+        if cls._auto_class is not None or not _self_contained(cls):
+            continue
+        if cls is type(model):
+            names = auto_classes(cls.__name__, architecture)
+            if not names:
+                raise ValueError(f"{cls.__name__} is no inference model of {architecture.model_type!r}; save that")
+            # The most telling one: `AutoModel` is added to every folder anyway.
+            cls.register_for_auto_class(names[-1])
+        else:
+            cls.register_for_auto_class()
+
+
+def _self_contained(cls: type) -> bool:
+    file = sys.modules[cls.__module__].__file__
+    files = [file, *get_relative_import_files(file)]
+    return not any("hf_vlp" in get_imports(entry) for entry in files if Path(entry).is_file())
 
 
 def auto_classes(class_name: str, architecture: Architecture) -> list[str]:
-    """The Auto classes that a class of the architecture answers to."""
-    names = [
+    """The Auto classes that may give the class of this name."""
+    return [
         name
-        for role, auto in AUTO_CLASSES.items()
-        if architecture.classes.get(role, "").endswith(f":{class_name}")
-        for name in auto
+        for name, references in classes_of(architecture).items()
+        if any(reference.endswith(f":{class_name}") for reference in references)
     ]
-    if not names and architecture.classes.get("retrieval", "").endswith(f":{class_name}"):
-        names = ["AutoModelForZeroShotImageClassification"]
-    return list(dict.fromkeys(names))
 
 
 def complete_folder(folder: Path) -> None:
@@ -183,10 +189,13 @@ def complete_folder(folder: Path) -> None:
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     architecture = architecture_of(folder)
     class_name = (config.get("architectures") or [""])[0]
-    if config.get("auto_map"):
-        models = [value for key, value in config["auto_map"].items() if key != "AutoConfig"]
+    if not architecture.native:
+        auto_map = config.get("auto_map", {})
+        models = [value for key, value in auto_map.items() if key != "AutoConfig"]
+        if "AutoConfig" not in auto_map or not models:
+            raise ValueError(f"{folder}: no code was saved for {class_name}, without which nobody else can load it")
         for name in auto_classes(class_name, architecture):
-            config["auto_map"].setdefault(name, models[0])
+            auto_map.setdefault(name, models[0])
     pipelines = SHIPPED_PIPELINES.get(role_of(config, architecture), {})
     if pipelines:
         config["custom_pipelines"] = {

@@ -124,7 +124,7 @@ class ImagePipeline(Pipeline):
         if missing:
             raise ValueError(
                 f"the pipeline {self.task!r} found no {' and no '.join(missing)} in "
-                f"{getattr(self.model, 'name_or_path', '') or 'what it was given'}: save the processor into the folder "
+                f"{getattr(self.model, 'name_or_path', '') or 'what it was given'}: save the processor there "
                 "(`processor.save_pretrained(folder)`) or pass `processor=`"
             )
 

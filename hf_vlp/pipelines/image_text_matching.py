@@ -19,8 +19,8 @@ class ImageTextMatchingPipeline(ImagePipeline):
     """`pipeline("image-text-matching", model=...)(image, text=["a cat", "a dog"])`.
 
     For models with an image-text matching head (BLIP-2) and for two-tower models (CLIP, ALIGN, ...). A model with the
-    retrieval protocol of hf_vlp (`embed_images`, `embed_texts`, `similarity`, `matching_scores`) encodes each image
-    once, whatever the number of its texts.
+    retrieval protocol of hf_vlp (`embed_images`, `embed_texts`, `similarity`, `matching_probabilities`) encodes each
+    image once, whatever the number of its texts.
     """
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
@@ -102,9 +102,10 @@ class ImageTextMatchingPipeline(ImagePipeline):
         embedded = self.model.embed_images(**images)
         text_itc = self.model.embed_texts(**tokens)  # (P, D)
         similarity = self.model.similarity(embedded, text_itc)[owners, torch.arange(len(owners), device=owners.device)]
-        if not self.model.supports_matching:
+        if not getattr(self.model, "supports_matching", False) or not hasattr(self.model, "matching_probabilities"):
             return similarity, similarity
-        return similarity, self.model.matching_scores(embedded, owners, **tokens)
+        # The protocol's `matching_scores` are logits, made for ranking.
+        return similarity, self.model.matching_probabilities(embedded, owners, **tokens)
 
     def _by_head(self, images: dict[str, Tensor], tokens: dict[str, Tensor], owners: Tensor) -> tuple[Tensor, Tensor]:
         """The native `Blip2ForImageTextRetrieval` takes pairs and encodes the image of each."""

@@ -20,8 +20,8 @@ class RoleLoader:
         """Our class for `cls.role`.
 
         Raises:
-            ValueError: the catalogue has no such class for this model type; `transformers.pipeline` then goes on to the
-                next class in its list.
+            ValueError: the catalogue has no such class for this model type; `transformers.pipeline` then goes on to
+                the next class in its list.
         """
         if config is None:
             from transformers import AutoConfig

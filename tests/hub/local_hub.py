@@ -309,7 +309,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {
                 "X-Linked-Etag": headers["ETag"],
                 "X-Linked-Size": str(len(content)),
-                # Under another host name, as the Hub's storage is: the client must not follow it when it asks for metadata.
+                # Another host name, as the Hub's storage has: the client must not follow it when it asks for metadata.
                 "Location": f"{self.hub.endpoint}/lfs/{found[0]}".replace("127.0.0.1", "localhost"),
             }
             return self.reply(302, b"", headers)
