@@ -356,11 +356,23 @@ def config_from_original(
         qformer["vocab_size"] = words.shape[0]
     extra: dict[str, Any] = {}
     if text_config is not None:
+        text_config = exact_gelu(text_config)
         extra |= {"text_config": text_config.to_dict(), "image_token_index": image_token_id}
     if "vision_proj.weight" in state:
         extra["image_text_hidden_size"] = state["vision_proj.weight"].shape[0]
     config_class = ARCHITECTURES["blip-2" if kind == "eva" else "blip2_any_vision"].load("config")
     return config_class(vision_config=vision, qformer_config=qformer, num_query_tokens=queries, **extra)
+
+
+def exact_gelu(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of a T5 as LAVIS runs it: the gated feed-forward with the exact GELU, where Flan-T5's has its tanh form.
+
+    transformers reads `"gated-gelu"` as the tanh form whatever `dense_act_fn` says, so the exact one goes by its other name.
+    Other configs are returned as they are.
+    """
+    if getattr(config, "feed_forward_proj", None) != "gated-gelu":
+        return config
+    return type(config)(**{**config.to_dict(), "feed_forward_proj": "gated-gelu_python", "dense_act_fn": "gelu_python"})
 
 
 def with_vision_file(state: Mapping[str, Tensor], vision: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -419,9 +431,9 @@ def model_from_original(
     weights = {name: v.float() if v.is_floating_point() else v for name, v in weights.items()}
     stage1 = "itm_head.weight" in state
     model = architecture_of(config).load("retrieval" if stage1 else "captioning")(config)
-    if not stage1 and language_model is not None:
-        model.language_model = language_model
-    load_native_weights(model, weights, has_language_model=language_model is None)
+    if language_model is not None:
+        weights |= {f"language_model.{name}": value for name, value in language_model.state_dict().items()}
+    load_native_weights(model, weights)
     if not stage1:
         return model.eval()
     pretraining = architecture_of(config).load("pretraining").from_inference_model(model)
@@ -430,9 +442,7 @@ def model_from_original(
     return pretraining.eval()
 
 
-def load_native_weights(
-    model: PreTrainedModel, weights: Mapping[str, Tensor], *, has_language_model: bool = True
-) -> None:
+def load_native_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
     """Loads converted weights into a native model, complete or not at all.
 
     Raises:
@@ -452,7 +462,6 @@ def load_native_weights(
         if name not in weights
         and not name.startswith(optional)
         and not name.endswith("position_ids")
-        and (has_language_model or not name.startswith("language_model."))
     ]
     if missing:
         raise MissingWeightsError(
