@@ -24,6 +24,8 @@ from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, app
 from hf_vlp.training.arguments import option, run_settings
 from hf_vlp.training.data import main_process_first, pair_dataset
 from hf_vlp.training.evaluators import CaptioningEvaluator
+from hf_vlp.training.feature_cache import use_cache
+from hf_vlp.training.launch import say
 from hf_vlp.training.lora import LoraArguments, add_lora, language_model_options
 
 
@@ -69,18 +71,24 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model = Blip2ForConditionalGeneration.from_stage1(
             model_args.stage1, model_args.language_model, processor, **language_model_options(lora)
         )
-    print(apply_stage(model, args.stage or "stage2"))
+    say(apply_stage(model, args.stage or "stage2"))
     adapted = add_lora(model, lora)
     if adapted:
-        print(f"  LoRA of rank {lora.lora_r} on {len(adapted)} layers of the language model, e.g. {adapted[0]}")
+        say(f"  LoRA of rank {lora.lora_r} on {len(adapted)} layers of the language model, e.g. {adapted[0]}")
 
-    # 3. Trainer
+    # 3. Datasets and collator
+    train = pair_dataset(rows, seed=args.seed, transform=data.transform(model.config.vision_config.image_size))
+    evaluation = pair_dataset(eval_rows, seed=args.seed) if eval_rows is not None else None
+    collator = CaptioningCollator(processor, prompt=model_args.prompt, max_length=data.max_length, limits=data.limits)
+    collator = use_cache(model, collator, [train, evaluation], data.feature_cache, dtype=data.feature_dtype, args=args)
+
+    # 4. Trainer
     trainer = VLPTrainer(
         model,
         args,
-        CaptioningCollator(processor, prompt=model_args.prompt, max_length=data.max_length, limits=data.limits),
-        pair_dataset(rows, seed=args.seed, transform=data.transform(model.config.vision_config.image_size)),
-        pair_dataset(eval_rows, seed=args.seed) if eval_rows is not None else None,
+        collator,
+        train,
+        evaluation,
         processing_class=processor,
         evaluator=CaptioningEvaluator(
             processor, eval_rows, args.per_device_eval_batch_size, {"prompt": model_args.prompt}
@@ -94,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         },
     )
 
-    # 4. Train, evaluate, export
+    # 5. Train, evaluate, export
     trainer.train()
     return trainer.finish()
 

@@ -23,6 +23,8 @@ from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, app
 from hf_vlp.training.arguments import option, run_settings
 from hf_vlp.training.data import main_process_first, pair_dataset, texts_of_rows
 from hf_vlp.training.evaluators import RetrievalEvaluator
+from hf_vlp.training.feature_cache import use_cache
+from hf_vlp.training.launch import say
 from hf_vlp.training.presets import SIZES, clip_family_config, default_image_size, new_clip_processor
 
 
@@ -85,21 +87,27 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             patch_size=model_args.patch_size,
         )
         model = CLIPForPreTraining(config, **losses)
-    print(apply_stage(model, args.stage or "pretrain"))
+    say(apply_stage(model, args.stage or "pretrain"))
 
-    # 3. Trainer
+    # 3. Datasets and collator
+    train = pair_dataset(rows, seed=args.seed, transform=data.transform(model.model.config.vision_config.image_size))
+    evaluation = pair_dataset(eval_rows, seed=args.seed) if eval_rows is not None else None
+    collator = ImageTextCollator(processor, max_length=data.max_length, limits=data.limits)
+    collator = use_cache(model, collator, [train, evaluation], data.feature_cache, dtype=data.feature_dtype, args=args)
+
+    # 4. Trainer
     trainer = VLPTrainer(
         model,
         args,
-        ImageTextCollator(processor, max_length=data.max_length, limits=data.limits),
-        pair_dataset(rows, seed=args.seed, transform=data.transform(model.model.config.vision_config.image_size)),
-        pair_dataset(eval_rows, seed=args.seed) if eval_rows is not None else None,
+        collator,
+        train,
+        evaluation,
         processing_class=processor,
         evaluator=RetrievalEvaluator(processor, eval_rows, args.per_device_eval_batch_size) if eval_rows else None,
         settings={"data": run_settings(data), "model_arguments": run_settings(model_args)},
     )
 
-    # 4. Train, evaluate, export
+    # 5. Train, evaluate, export
     trainer.train()
     return trainer.finish()
 

@@ -5,13 +5,17 @@ batch `b` see, step by step, the records of one process with batch `N * b`, and 
 Nothing here draws from the global random generators.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from hf_vlp.data.hashing import stable_hash
+
+STREAM_POSITION = "stream_position"
 
 
 def part_of(count: int, rank: int, world_size: int) -> slice:
@@ -99,52 +103,111 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return torch.randperm(self.length, generator=generator)
 
 
-class GlobalStream(IterableDataset):
-    """This rank's part of each global batch of a streamed dataset, as ready-made lists of rows.
+@dataclass
+class StreamBatch:
+    """Rows of a rank's part of a global batch, and where the stream stands behind the whole batch."""
 
-    Every rank reads the whole stream and keeps its part, which costs reading (not decoding: that happens in the
-    collator) but keeps N ranks equal to one process. A last batch with fewer rows than ranks is left out.
+    rows: list[Any]
+    position: dict[str, Any]
+
+
+class StreamCollator:
+    """Collates a `StreamBatch` and sends its position along under `STREAM_POSITION`."""
+
+    def __init__(self, collator: Callable[[list[Any]], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, batch: StreamBatch) -> dict[str, Any]:
+        return {**self.collator(batch.rows), STREAM_POSITION: batch.position}
+
+
+class GlobalStream(IterableDataset):
+    """This rank's part of each global batch of a streamed dataset.
+
+    Every rank (and every worker) reads the whole stream and keeps its part, which costs reading (not decoding: that
+    happens in the collator) but keeps N ranks equal to one process. A batch ends with its epoch; a last batch with
+    fewer rows than ranks is left out.
 
     Args:
-        dataset: iterable of rows; `set_epoch` is called on it when it has it.
+        dataset: iterable of rows. `set_epoch` is called on it when it has it; with `state_dict` and `load_state_dict`
+            a resumed run goes on where it stopped without reading what it has read.
         batch_size: rows a rank and step.
         rank, world_size: of this process.
         drop_last: leave out a last batch that is smaller than the others.
+        endless: begin the next epoch when one is over.
+        start: position from which to go on, from an earlier `StreamBatch`.
     """
 
     def __init__(
-        self, dataset: Any, batch_size: int, *, rank: int = 0, world_size: int = 1, drop_last: bool = False
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+        endless: bool = False,
+        start: dict[str, Any] | None = None,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
         self.drop_last = drop_last
-        self.skip_batches = 0
+        self.endless = endless
+        self.start = start or {"batches": 0, "epoch": 0, "batches_of_epoch": 0, "stream": None}
 
-    def set_epoch(self, epoch: int) -> None:
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[list[Any]]:
+    def __iter__(self) -> Iterator[StreamBatch]:
         worker = torch.utils.data.get_worker_info()
         workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        first = count = self.start["batches"]
+        for epoch in itertools.count(self.start["epoch"]):
+            of_epoch = 0
+            for rows, position in self._batches_of_epoch(epoch):
+                of_epoch += 1
+                # A loader asks its workers in turn, so batch `first + i` is for worker `i` modulo their number.
+                if (count - first) % workers == own:
+                    part = rows[part_of(len(rows), self.rank, self.world_size)]
+                    yield StreamBatch(part, {**position, "batches": count + 1})
+                count += 1
+            if not self.endless:
+                return
+            if of_epoch == 0 and epoch > self.start["epoch"]:
+                raise ValueError(
+                    f"the stream has fewer than {self.world_size} rows an epoch"
+                    + (f", or not the {self.batch_size * self.world_size} of a batch" if self.drop_last else "")
+                    + "; lower --per_device_train_batch_size or give more data"
+                )
+
+    def _batches_of_epoch(self, epoch: int) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+        """Global batches of an epoch, each with the position behind it."""
+        resumed = epoch == self.start["epoch"]
+        skip = self.start["batches_of_epoch"] if resumed else 0
+        if resumed and self.start["stream"] is not None:
+            self.dataset.load_state_dict(self.start["stream"])
+        elif hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        done = skip if resumed and self.start["stream"] is not None else 0
         size = self.batch_size * self.world_size
         batch: list[Any] = []
-        step = 0
         for row in self.dataset:
             batch.append(row)
             if len(batch) == size:
-                if self._is_mine(step, workers, own):
-                    yield batch[part_of(size, self.rank, self.world_size)]
-                step += 1
+                done += 1
+                if done > skip:
+                    yield batch, self._position(epoch, done)
                 batch = []
-        if len(batch) >= self.world_size and not self.drop_last and self._is_mine(step, workers, own):
-            yield batch[part_of(len(batch), self.rank, self.world_size)]
+        if len(batch) >= self.world_size and not self.drop_last and done >= skip:
+            yield batch, {"epoch": epoch + 1, "batches_of_epoch": 0, "stream": None}
 
-    def _is_mine(self, step: int, workers: int, own: int) -> bool:
-        # A loader asks its workers in turn, starting with the first: batch `skip + i` must come from worker `i`.
-        return step >= self.skip_batches and (step - self.skip_batches) % workers == own
+    def _position(self, epoch: int, done: int) -> dict[str, Any]:
+        state = self.dataset.state_dict() if hasattr(self.dataset, "load_state_dict") else None
+        return {"epoch": epoch, "batches_of_epoch": done, "stream": state}
+
+
+def streams(dataset: Any) -> bool:
+    """Whether a dataset is read one row after the other instead of by index."""
+    return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")
 
 
 def data_loader(
@@ -157,17 +220,28 @@ def data_loader(
     shuffle: bool,
     seed: int,
     drop_last: bool,
+    stream_start: dict[str, Any] | None = None,
     **options: Any,
 ) -> DataLoader:
     """A loader of this rank's parts of the global batches; `options` go to `DataLoader`.
+
+    A stream is endless if `shuffle` (training), and starts at `stream_start`.
 
     The loader has its own generator, so that making an iterator (which draws a seed for the workers) leaves the global
     generators alone.
     """
     options["generator"] = torch.Generator().manual_seed(stable_hash(seed, "workers"))
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        stream = GlobalStream(dataset, batch_size, rank=rank, world_size=world_size, drop_last=drop_last)
-        return DataLoader(stream, batch_size=None, collate_fn=collator, **options)
+    if streams(dataset):
+        stream = GlobalStream(
+            dataset,
+            batch_size,
+            rank=rank,
+            world_size=world_size,
+            drop_last=drop_last,
+            endless=shuffle,
+            start=stream_start,
+        )
+        return DataLoader(stream, batch_size=None, collate_fn=StreamCollator(collator), **options)
     sampler = GlobalBatchSampler(
         len(dataset),
         batch_size,

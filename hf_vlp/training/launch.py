@@ -65,3 +65,9 @@ def start_missing_processes() -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     sys.stdout.flush()
     os.execv(sys.executable, [*launcher, *sys.argv])
+
+
+def say(text: object) -> None:
+    """Prints on the first of several processes only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, flush=True)

@@ -38,7 +38,7 @@ from hf_vlp.objectives.distributed import exchange_integers
 from hf_vlp.objectives.gradient_cache import cached_step
 from hf_vlp.training import checkpoints
 from hf_vlp.training.arguments import VLPTrainingArguments, run_settings
-from hf_vlp.training.batching import data_loader
+from hf_vlp.training.batching import STREAM_POSITION, data_loader, streams
 from hf_vlp.training.freezing import keep_frozen_in_eval
 from hf_vlp.training.lora import ADAPTER_FOLDER, lora_layers, save_adapter
 from hf_vlp.training.optimization import check_master_weights, parameter_groups, parse_rates
@@ -98,6 +98,7 @@ class VLPTrainer(Trainer):
         self._micro: _MicroBatch | None = None
         self._resumed_from: Path | None = None
         self._sanity: SanityPass | None = None
+        self._stream_position: dict[str, Any] | None = None
         # This rank's account of the records it has trained on, and the counts of all ranks together.
         self.records = RecordReport()
         self._seen_and_bad = [0, 0]
@@ -159,6 +160,7 @@ class VLPTrainer(Trainer):
             shuffle=training,
             seed=args.seed if args.data_seed is None else args.data_seed,
             drop_last=training and args.dataloader_drop_last,
+            stream_start=self._stream_position if training else None,
             **options,
         )
 
@@ -170,6 +172,8 @@ class VLPTrainer(Trainer):
                 batches.append(next(epoch_iterator))
             except StopIteration:
                 break
+        for batch in batches:
+            self._stream_position = batch.pop(STREAM_POSITION, None)
         shifted = self._loss_shifts_labels
         micro = [_MicroBatch.of(batch, index, shifted=shifted) for index, batch in enumerate(batches)]
         self._agree(micro, device)
@@ -386,6 +390,7 @@ class VLPTrainer(Trainer):
         loader = self.get_eval_dataloader(dataset)
         self.callback_handler.eval_dataloader = loader
         for batch in loader:
+            batch.pop(STREAM_POSITION, None)
             micro = _MicroBatch.of(batch, 0)
             rows = micro.rows
             self._agree([micro], self.args.device)
@@ -460,13 +465,17 @@ class VLPTrainer(Trainer):
             "records": {"seen": self.records.seen, "bad": dict(self.records.bad)},
             "seen_and_bad": self._seen_and_bad,
             "skipped_batches": self.skipped_batches,
+            "stream_position": self._stream_position,
         }
 
-    def _load_progress(self, folder: Path) -> None:
+    def _saved_progress(self, folder: Path) -> dict[str, Any]:
         path = folder / f"progress_{self.args.process_index}.json"
-        if not path.is_file():
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def _load_progress(self, folder: Path) -> None:
+        progress = self._saved_progress(folder)
+        if not progress:
             return
-        progress = json.loads(path.read_text())
         self._tr_loss = torch.tensor(progress["loss"], device=self.args.device)
         self._globalstep_last_logged = progress["last_logged"]
         self.terms.load_state(progress["terms"], self.args.device)
@@ -549,6 +558,10 @@ class VLPTrainer(Trainer):
             checkpoints.verify(checkpoint)
             self._check_settings(checkpoint)
         self._resumed_from = checkpoint
+        if streams(self.train_dataset):
+            # The loader itself goes on where the checkpoint stands; the parent would read everything again.
+            self.args.ignore_data_skip = True
+            self._stream_position = self._saved_progress(checkpoint).get("stream_position") if checkpoint else None
         # The parent would write the tokenizer's special tokens into the model's config, which both already agree on.
         processing_class, self.processing_class = self.processing_class, None
         try:
