@@ -5,8 +5,8 @@
     python benchmarks/clip_step.py --small --repeats 1   # a tiny model, in a second
 
 The other side is what one composes from `transformers.CLIPModel`: texts padded to 77 tokens under causal attention,
-as the original code and OpenCLIP have them, and the class's own loss. Both sides run in one process on the same weights
-and batch, one after the other in every repeat; losses and gradients are compared before anything is timed.
+as the original code and OpenCLIP have them, and the class's own loss. Both sides run in one process on the same
+weights and batch, one after the other in every repeat; losses and gradients are compared before anything is timed.
 """
 
 import argparse
@@ -100,7 +100,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = CLIPConfig()
     if args.small:
         tower = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
-        config = CLIPConfig(text_config=dict(tower), vision_config=tower | {"image_size": 64}, projection_dim=32)
+        text = tower | {"vocab_size": 1000, "bos_token_id": 998, "eos_token_id": 999, "pad_token_id": 999}
+        config = CLIPConfig(text_config=text, vision_config=tower | {"image_size": 64}, projection_dim=32)
     ours, native = models(config, args.device)
     batch = make_batch(config, args.batch, args.device)
 

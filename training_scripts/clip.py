@@ -43,7 +43,7 @@ class ModelArguments:
     vocab_size: int = option(8192, "Vocabulary of a trained tokenizer, at most.")
     context_length: int = option(77, "Longest text of a trained tokenizer, in tokens.")
     loss: str = option("softmax", "CLIP's softmax or SigLIP's sigmoid loss.", choices=["softmax", "sigmoid"])
-    label_smoothing: float = option(0.0, "Of the softmax targets; ALIGN uses 0.1.")
+    label_smoothing: float | None = option(None, "Of the softmax targets; left out: 0.1 for ALIGN, else 0.")
     tile_size: int | None = option(None, "Rows of the similarity matrix computed at a time, for very large batches.")
 
 
@@ -87,6 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             patch_size=model_args.patch_size,
         )
         model = CLIPForPreTraining(config, **losses)
+    model.check_processor(processor)
     say(apply_stage(model, args.stage or "pretrain"))
 
     # 3. Datasets and collator

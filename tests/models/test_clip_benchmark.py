@@ -19,7 +19,7 @@ def clip_step() -> ModuleType:
 
 
 def test_small_run_reports_savings(clip_step: ModuleType) -> None:
-    report = clip_step.main(["--small", "--batch", "4", "--repeats", "1"])
+    report = clip_step.main(["--small", "--batch", "8", "--repeats", "1"])
     assert report["difference"] < 1e-4
     assert 0.3 < report["ratios"]["GFLOP a sample"] < 0.6
     assert report["ratios"]["MiB at peak"] < 0.8
@@ -35,4 +35,4 @@ def test_different_sides_are_not_reported(clip_step: ModuleType, monkeypatch: py
 
     monkeypatch.setattr(clip_step, "models", other_weights)
     with pytest.raises(SystemExit, match="differ by more than"):
-        clip_step.main(["--small", "--batch", "4", "--repeats", "1"])
+        clip_step.main(["--small", "--batch", "8", "--repeats", "1"])
