@@ -90,10 +90,7 @@ def frozen_encoder(model: nn.Module) -> FrozenEncoder:
         parts = {"embeddings": tower.embeddings, "encoder": tower.encoder}
         encode = inner.tower_states
     else:
-        parts = {"vision_model": tower}
-
-        def encode(pixel_values: Tensor) -> Tensor:
-            return tower(pixel_values=pixel_values).pooler_output
+        parts, encode = {"vision_model": tower}, inner.pooled_states
 
     trained = [name for key, part in parts.items() for name, p in part.named_parameters(key) if p.requires_grad]
     if trained:

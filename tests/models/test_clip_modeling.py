@@ -87,8 +87,7 @@ def test_retrieval_protocol(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_tower_outputs_stand_for_pixels(kind: str) -> None:
     model, batch = build(kind), tiny.batch()
-    outputs = model.vision_model(batch["pixel_values"])
-    cached = outputs.last_hidden_state[:, 0] if kind == "eva_clip" else outputs.pooler_output
+    cached = model.pooled_states(batch["pixel_values"])
     expected = model.embed_images(batch["pixel_values"]).itc
     assert torch.equal(model.embed_images(image_embeds=cached).itc, expected)
     for arguments in ({}, {"pixel_values": batch["pixel_values"], "image_embeds": cached}):

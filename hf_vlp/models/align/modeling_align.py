@@ -52,6 +52,10 @@ class AlignModel(DualEncoderRetrieval, transformers.AlignModel):
                     fan_out = layer.weight[0, 0].numel() * layer.out_channels // layer.groups
                     init.normal_(layer.weight, std=(2 / fan_out) ** 0.5)
 
+    def pooled_states(self, pixel_values: Tensor) -> Tensor:
+        """The image tower's pooled output `(images, dim)`: what `image_embeds` stands for, and a cache keeps."""
+        return self.vision_model(pixel_values).pooler_output
+
     def image_features(self, pixel_values: Tensor | None = None, image_embeds: Tensor | None = None) -> Tensor:
         """Pooled image features `(images, dim)`, not normalised; ALIGN has no projection on the image side.
 
@@ -59,7 +63,7 @@ class AlignModel(DualEncoderRetrieval, transformers.AlignModel):
             ValueError: not exactly one of the two is given.
         """
         require_one(pixel_values, image_embeds)
-        return self.vision_model(pixel_values).pooler_output if image_embeds is None else image_embeds
+        return self.pooled_states(pixel_values) if image_embeds is None else image_embeds
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Projected state of the first token `(texts, dim)`, not normalised; columns that all rows pad are cut."""

@@ -33,6 +33,10 @@ class CLIPModel(DualEncoderRetrieval, transformers.CLIPModel):
         """Id of the token whose state embeds a text; None where the highest id of each row is taken."""
         return pooled_token_id(self.text_model)
 
+    def pooled_states(self, pixel_values: Tensor) -> Tensor:
+        """The image tower's pooled output `(images, hidden)`: what `image_embeds` stands for, and a cache keeps."""
+        return self.vision_model(pixel_values).pooler_output
+
     def image_features(self, pixel_values: Tensor | None = None, image_embeds: Tensor | None = None) -> Tensor:
         """Projected image features `(images, dim)`, not normalised, from pixels or from pooled tower outputs.
 
@@ -41,7 +45,7 @@ class CLIPModel(DualEncoderRetrieval, transformers.CLIPModel):
         """
         require_one(pixel_values, image_embeds)
         if image_embeds is None:
-            image_embeds = self.vision_model(pixel_values).pooler_output
+            image_embeds = self.pooled_states(pixel_values)
         return self.visual_projection(image_embeds)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

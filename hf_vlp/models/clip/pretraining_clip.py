@@ -118,7 +118,7 @@ class CLIPForPreTraining(PreTrainingMixin, PreTrainedModel):
         Args:
             config: of the inference model; a `pretraining` entry holds settings that `settings` overrides.
             model: an existing inference model; by default one is drawn from `config`.
-            settings: fields of `ContrastiveSettings`.
+            settings: fields of `ContrastiveSettings`; None leaves the stored or default value.
 
         Raises:
             ValueError: `config` is of no type of the CLIP family, or a setting has a value that it cannot have.
@@ -130,7 +130,8 @@ class CLIPForPreTraining(PreTrainingMixin, PreTrainedModel):
         # A copy: the inference model's own config must stay free of settings that only training knows.
         own = copy.deepcopy(config)
         stored = getattr(own, "pretraining", None) or {}
-        chosen = ContrastiveSettings(**{**stored, **settings})
+        given = {name: value for name, value in settings.items() if value is not None}
+        chosen = ContrastiveSettings(**{**stored, **given})
         if chosen.label_smoothing is None:
             chosen.label_smoothing = 0.1 if config.model_type == "align" and chosen.loss == "softmax" else 0.0
         own.pretraining = asdict(chosen)

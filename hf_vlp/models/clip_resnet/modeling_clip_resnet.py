@@ -271,6 +271,10 @@ class CLIPResNetModel(CLIPResNetPreTrainedModel):
         """Id of the token whose state embeds a text."""
         return self.text_model.eos_token_id
 
+    def pooled_states(self, pixel_values: Tensor) -> Tensor:
+        """The image tower's pooled output `(images, dim)`: what `image_embeds` stands for, and a cache keeps."""
+        return self.vision_model(pixel_values).pooler_output
+
     def image_features(self, pixel_values: Tensor | None = None, image_embeds: Tensor | None = None) -> Tensor:
         """Image features `(images, dim)`, not normalised, from pixels or taken as they are from `image_embeds`.
 
@@ -279,7 +283,7 @@ class CLIPResNetModel(CLIPResNetPreTrainedModel):
         """
         if (pixel_values is None) == (image_embeds is None):
             raise ValueError("give either pixel_values or image_embeds (the vision tower's pooled output), not both")
-        return self.vision_model(pixel_values).pooler_output if image_embeds is None else image_embeds
+        return self.pooled_states(pixel_values) if image_embeds is None else image_embeds
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Projected text features `(texts, dim)`, not normalised; columns of padding are cut.

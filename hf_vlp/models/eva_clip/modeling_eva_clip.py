@@ -146,6 +146,11 @@ class EvaCLIPModel(EvaCLIPPreTrainedModel):
         """Id of the token whose state embeds a text."""
         return self.text_model.eos_token_id
 
+    def pooled_states(self, pixel_values: Tensor) -> Tensor:
+        """The image tower's class token after the final norm `(images, hidden)`: what `image_embeds` stands for, and a cache keeps."""
+        # Not `pooler_output`, to which the native tower applies the final norm a second time.
+        return self.vision_model(pixel_values).last_hidden_state[:, 0]
+
     def image_features(self, pixel_values: Tensor | None = None, image_embeds: Tensor | None = None) -> Tensor:
         """Projected image features `(images, dim)`, not normalised, from pixels or from class tokens after the norm.
 
@@ -155,8 +160,7 @@ class EvaCLIPModel(EvaCLIPPreTrainedModel):
         if (pixel_values is None) == (image_embeds is None):
             raise ValueError("give either pixel_values or image_embeds (the vision tower's class token), not both")
         if image_embeds is None:
-            # Not `pooler_output`, to which the native tower applies the final norm a second time.
-            image_embeds = self.vision_model(pixel_values).last_hidden_state[:, 0]
+            image_embeds = self.pooled_states(pixel_values)
         return self.visual_projection(image_embeds)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
