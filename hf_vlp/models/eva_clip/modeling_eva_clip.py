@@ -147,7 +147,7 @@ class EvaCLIPModel(EvaCLIPPreTrainedModel):
         return self.text_model.eos_token_id
 
     def pooled_states(self, pixel_values: Tensor) -> Tensor:
-        """The image tower's class token after the final norm `(images, hidden)`: what `image_embeds` stands for, and a cache keeps."""
+        """Class tokens after the final norm `(images, hidden)`: what `image_embeds` stands for, and a cache keeps."""
         # Not `pooler_output`, to which the native tower applies the final norm a second time.
         return self.vision_model(pixel_values).last_hidden_state[:, 0]
 
