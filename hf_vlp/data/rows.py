@@ -63,19 +63,19 @@ def rooted(path: str, root: Path | None) -> str:
     return path if root is None or "://" in path else os.path.join(root, path)
 
 
-def _image(value: Any, root: Path | None) -> tuple[dict[str, Any], str | None]:
+def _image(value: Any, root: Path | None) -> tuple[dict[str, Any] | None, str | None]:
     if isinstance(value, dict):
         held = value.get("bytes")
         value = held if held is not None else value.get("path", value.get("file_name"))
     if value is None or value == "":
-        return {"bytes": None, "path": None}, None
+        return None, None
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}, None
     if not isinstance(value, str):
-        return {"bytes": None, "path": None}, f"image_wrong_type: {type(value).__name__}"
+        return None, f"image_wrong_type: {type(value).__name__}"
     path = rooted(value, root)
     if path != _storable(path):
-        return {"bytes": None, "path": None}, f"image_missing: the path is not Unicode: {_storable(path)}"
+        return None, f"image_missing: the path is not Unicode: {_storable(path)}"
     return {"bytes": None, "path": path}, None
 
 

@@ -41,6 +41,7 @@ _KNOWN_FILES = "parquet, json, jsonl, csv, tsv or tar"
 _READER_VERSION = 1
 _STREAM_SHARDS = 64
 _PROBED_IMAGES = 20
+_PROBED_FILES = 10
 
 
 def load_pairs(
@@ -168,7 +169,7 @@ def _part(rows: Rows, part: str | None) -> Rows:
         rows = rows.skip(start) if start else rows
         return rows if stop is None else rows.take(max(0, stop - start))
     start, stop = part_bounds(part, len(rows))
-    return rows.select(range(start, stop))
+    return rows.select(range(start, stop) if start < stop else [])
 
 
 def _file(
@@ -330,8 +331,7 @@ def _from_files(
     where: str,
 ) -> Rows:
     """Rows of files that this package reads itself."""
-    names = next((found for found in map(field_names, readers) if found), [])
-    roles = choose_columns(names, columns, schema, where)
+    roles = _roles(readers, columns, schema, where)
     makers = [RowMaker(roles, root or _own_folder(reader), _source_name(reader, where)) for reader in readers]
     features = features_for(roles)
     is_tar = isinstance(readers[0], TarShard)
@@ -341,17 +341,32 @@ def _from_files(
     if streaming and (is_tar or isinstance(readers[0], JsonLinesFile | CsvFile)):
         return IterableDataset.from_generator(_rows, features=features, gen_kwargs={"shards": shards})
     if is_tar:
-        stamps = [(os.stat(reader.path).st_size, os.stat(reader.path).st_mtime_ns) for reader in readers]
+        stamps = tuple((os.stat(reader.path).st_size, os.stat(reader.path).st_mtime_ns) for reader in readers)
         # The arguments name the copy in the cache: a file that changed has to give another one.
         return Dataset.from_generator(
             _rows,
             features=features,
-            gen_kwargs={"shards": shards, "stamps": [(stamps, _READER_VERSION)]},
+            gen_kwargs={"shards": shards, "stamps": (_READER_VERSION, *stamps)},
         )
     rows = in_memory(_rows(shards), features)
     if not len(rows):
         raise ValueError(f"{where} holds no records")
     return rows.to_iterable_dataset(num_shards=_shard_count(len(rows))) if streaming else rows
+
+
+def _roles(
+    readers: list[Any], columns: Mapping[str, str] | None, schema: Mapping[str, Sequence[str]], where: str
+) -> dict[str, str]:
+    """The columns by the first records of the first file, or of the next ones where that is damaged or empty."""
+    names: list[str] = []
+    error: ValueError | None = None
+    for reader in readers[:_PROBED_FILES]:
+        names = list(dict.fromkeys((*names, *field_names(reader))))
+        try:
+            return choose_columns(names, columns, schema, where)
+        except ValueError as found:
+            error = found
+    raise error or ValueError(f"{where} holds no records")
 
 
 def _rows(shards: list[tuple[RowMaker, Any]], stamps: Any = None) -> Iterator[dict[str, Any]]:
@@ -381,7 +396,8 @@ def _check_images(maker: RowMaker, reader: Any, root: Path | None, where: str) -
     Raises:
         ValueError: none of the first images is there.
     """
-    paths = [maker.row(record)["image"]["path"] for record in islice(iter(reader), _PROBED_IMAGES)]
+    images = [maker.row(record)["image"] for record in islice(iter(reader), _PROBED_IMAGES)]
+    paths = [image["path"] if image else None for image in images]
     named = [path for path in paths if path is not None and "://" not in path]
     if named and not any(os.path.exists(path) for path in named):
         given = "" if root is None else f", image_root={str(root)!r}"

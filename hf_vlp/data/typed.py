@@ -37,18 +37,23 @@ def as_rows(
     roles = choose_columns(list(features), columns, schema, where, image_like)
     for role, name in roles.items():
         _check_type(role, name, features[name], where)
+    rows = loaded
+    # First of all: renaming a column of a stream decodes its images on the way.
+    for name, feature in features.items():
+        if isinstance(feature, Image):
+            rows = rows.cast_column(name, Image(decode=False))
     taken = set(roles.values())
     hidden = [name for name in features if name in schema and name not in taken]
-    rows = loaded.remove_columns(hidden) if hidden else loaded
+    rows = rows.remove_columns(hidden) if hidden else rows
     # In two steps, because one role's name may be another one's column.
     rows = rows.rename_columns({name: f"__role_{role}" for role, name in roles.items()})
     rows = rows.rename_columns({f"__role_{role}": role for role in roles})
     features = _features(rows, where)
     if _is_string(features["image"]):
-        rows = rows.map(_rooted, fn_kwargs={"root": root})
-    for name, feature in features.items():
-        if isinstance(feature, Image) or name == "image":
-            rows = rows.cast_column(name, Image(decode=False))
+        stored = Features({**features, "image": Image(decode=False)})
+        rows = rows.map(_rooted, fn_kwargs={"root": root}, features=stored)
+    elif not isinstance(features["image"], Image):
+        rows = rows.cast_column("image", Image(decode=False))
     if "answers" in roles and isinstance(_element(features["answers"]), dict):
         rows = rows.map(_plain_answers, features=Features({**rows.features, "answers": List(Value("string"))}))
     return _named(rows, where)
@@ -114,7 +119,7 @@ def _element(feature: Any) -> Any:
 
 def _rooted(row: dict[str, Any], root: Path | None) -> dict[str, Any]:
     path = row["image"]
-    return {"image": path if path is None else rooted(path, root)}
+    return {"image": path if path is None else {"bytes": None, "path": rooted(path, root)}}
 
 
 def _plain_answers(row: dict[str, Any]) -> dict[str, Any]:
