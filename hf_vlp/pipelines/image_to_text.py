@@ -222,7 +222,11 @@ class ImageToTextPipeline(ImagePipeline):
             return arguments
         # BLIP and BLIP-2 hand `generate` on to their language model, which has not read the folder's settings.
         stored = self.model.generation_config.to_diff_dict()
-        return {**{name: value for name, value in stored.items() if name in _GENERATION_PARAMETERS}, **arguments}
+        arguments = {**{name: value for name, value in stored.items() if name in _GENERATION_PARAMETERS}, **arguments}
+        if hasattr(self.model, "text_decoder"):
+            # BLIP's `generate` names these two itself and would be given them twice.
+            arguments = {name: v for name, v in arguments.items() if name not in ("pad_token_id", "eos_token_id")}
+        return arguments
 
     def _without_prompt(self, generated: Tensor, input_ids: Tensor | None, candidates: int) -> Tensor:
         """Cuts off the prompt where `generate` gives it back.
