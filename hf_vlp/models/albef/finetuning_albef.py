@@ -20,9 +20,10 @@ from hf_vlp.nn.momentum import momentum_twin, update_twin
 from hf_vlp.objectives.distillation import distillation_loss
 from hf_vlp.objectives.distributed import global_mean
 from hf_vlp.objectives.matching import matching_loss
+from hf_vlp.objectives.precision import full_precision
 
 from .configuration_albef import AlbefConfig
-from .modeling_albef import AlbefForImageTextRetrieval, AlbefModel, AlbefPreTrainedModel
+from .modeling_albef import AlbefForImageTextRetrieval, AlbefModel, AlbefPreTrainedModel, unit_vectors
 from .modeling_albef_packing import PackedTexts
 from .modeling_albef_tasks import (
     AlbefForQuestionAnswering,
@@ -398,13 +399,14 @@ class AlbefForQuestionAnsweringFineTuning(AlbefTaskFineTuning):
         )
         logits, targets, row = self.model.score_answers(states, mask, answers, question)
         alpha = self.step_alpha(alpha)
-        token_loss = (1 - alpha) * F.cross_entropy(logits.float(), targets, reduction="none")
+        logits = full_precision(logits)
+        token_loss = (1 - alpha) * F.cross_entropy(logits, targets, reduction="none")
         logits_m = None
         if alpha > 0:
             with torch.no_grad():
                 states_m, _ = self.momentum.encode_questions(pixel_values, input_ids, attention_mask)
                 logits_m, _, _ = self.momentum.score_answers(states_m, mask, answers, question)
-            soft = F.cross_entropy(logits.float(), logits_m.float().softmax(dim=-1), reduction="none")
+            soft = F.cross_entropy(logits, full_precision(logits_m).softmax(dim=-1), reduction="none")
             token_loss = token_loss + alpha * soft
         answer_loss = token_loss.new_zeros(len(answers)).index_add(0, row, token_loss)
         loss = global_mean((answer_loss * weights).sum(), len(states))
@@ -602,7 +604,7 @@ class AlbefForTextAssignment(PreTrainingMixin, AlbefPreTrainedModel):
             raise ValueError(
                 f"text assignment draws two other images of the batch, but it has {number}: use 3 or more"
             )
-        features = F.normalize(self.vision_projection(image_states[:, 0]), dim=-1)
+        features = unit_vectors(self.vision_projection(image_states[:, 0]))
         weights = self.sampling_weights(features)
         if draws is None:
             device = torch.device("cpu") if generator is None else generator.device
@@ -618,7 +620,7 @@ class AlbefForTextAssignment(PreTrainingMixin, AlbefPreTrainedModel):
             texts, albef.text_model.encode(texts), image_states, image_index.cpu(), keep=texts.first
         )
         logits = self.assignment_head(fused)
-        loss = global_mean(F.cross_entropy(logits.float(), labels, reduction="sum"), number)
+        loss = global_mean(F.cross_entropy(full_precision(logits), labels, reduction="sum"), number)
         return AlbefAssignmentOutput(
             loss=loss,
             loss_ta=loss,

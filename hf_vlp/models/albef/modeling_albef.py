@@ -369,11 +369,11 @@ class AlbefForImageTextRetrieval(AlbefPreTrainedModel):
 
     def project_image(self, image_states: Tensor) -> Tensor:
         """(I, K, width) image tokens to normalised features (I, D) of the class token."""
-        return F.normalize(self.vision_projection(image_states[:, 0]), dim=-1)
+        return unit_vectors(self.vision_projection(image_states[:, 0]))
 
     def project_text(self, first_states: Tensor) -> Tensor:
         """(T, hidden) text states of [CLS] to normalised features (T, D)."""
-        return F.normalize(self.text_projection(first_states), dim=-1)
+        return unit_vectors(self.text_projection(first_states))
 
     def embed_images(self, pixel_values: Tensor | None = None, image_embeds: Tensor | None = None) -> ImageEmbeds:
         """Features of images (I, 3, H, W), or of their tokens (I, K, width) if they are encoded already."""
@@ -433,6 +433,8 @@ class AlbefForImageTextRetrieval(AlbefPreTrainedModel):
         index = image_index.cpu()
         if len(index) and not (int(index.min()) >= 0 and int(index.max()) < states.shape[0]):
             raise ValueError(f"image_index must lie in 0..{states.shape[0] - 1}, but reaches {int(index.max())}")
+        if not len(index):
+            return self.itm_head.weight.new_empty(0, 2)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         keys = torch.cat([torch.where(attention_mask.bool(), input_ids, -1), attention_mask.bool()], dim=1)
@@ -442,14 +444,14 @@ class AlbefForImageTextRetrieval(AlbefPreTrainedModel):
         text_states = self.albef.text_model.encode(texts)
         source = source.cpu()
         order = torch.argsort(index, stable=True)
-        logits = text_states.new_empty(len(index), 2)
+        scored: list[Tensor] = []
         for images_here, rows in _groups(index[order], rows_at_once):
             key_values = self.albef.text_model.project_images(states[images_here.to(states.device)])
             for start in range(rows.start, rows.stop, rows_at_once):
                 pairs = order[start : min(start + rows_at_once, rows.stop)]
                 local = torch.searchsorted(images_here, index[pairs])
-                logits[pairs.to(logits.device)] = self._match(texts, text_states, source[pairs], local, key_values)
-        return logits
+                scored.append(self._match(texts, text_states, source[pairs], local, key_values))
+        return torch.cat(scored).index_select(0, order.argsort().to(scored[0].device))
 
     def _match(
         self,
@@ -555,6 +557,11 @@ class AlbefForImageTextRetrieval(AlbefPreTrainedModel):
             itm_logits=itm,
         )
         return output if return_dict else output.to_tuple()
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """Rows of length one, in float32 at least, whatever the autocast dtype."""
+    return F.normalize(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=-1)
 
 
 def _groups(sorted_index: Tensor, rows_at_once: int) -> list[tuple[Tensor, range]]:

@@ -67,21 +67,28 @@ def check_labels(labels: Tensor, number: int, classes: int) -> None:
         raise ValueError(f"labels must lie in 0..{classes - 1}, but reach from {low} to {high}: check the label map")
 
 
+def name_labels(config: AlbefConfig, names: tuple[str, ...]) -> None:
+    """Gives a config that names no classes of its own those of the task, in the original's order."""
+    own = config.id2label or {}
+    if len(own) in (0, 2, len(names)) and all(name == f"LABEL_{i}" for i, name in own.items()):
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: i for i, name in enumerate(names)}
+
+
 def classification_head(hidden_size: int, classes: int) -> nn.Sequential:
     """Two layers on the first token's fused state."""
     return nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, classes))
 
 
 class AlbefForVisualEntailment(AlbefPreTrainedModel):
-    """Does the image entail the text? Three classes (SNLI-VE: entailment, neutral, contradiction), section 5."""
+    """Does the image entail the text? Three classes (SNLI-VE: contradiction, neutral, entailment), section 5."""
 
     _auto_class = "AutoModel"
 
     def __init__(self, config: AlbefConfig) -> None:
         super().__init__(config)
         self.albef = AlbefModel(config)
-        if config.num_labels is None:
-            config.num_labels = 3
+        name_labels(config, ("contradiction", "neutral", "entailment"))
         self.classifier = classification_head(config.text_config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -122,8 +129,7 @@ class AlbefForVisualReasoning(AlbefPreTrainedModel):
         if config.text_config.images_per_text != 2:
             raise ValueError("AlbefForVisualReasoning needs images_per_text=2 in its text_config")
         self.albef = AlbefModel(config)
-        if config.num_labels is None:
-            config.num_labels = 2
+        name_labels(config, ("false", "true"))
         self.classifier = classification_head(config.text_config.hidden_size, config.num_labels)
         self.post_init()
 

@@ -16,9 +16,10 @@ from hf_vlp.objectives.contrastive import ContrastiveOutput, contrastive_loss
 from hf_vlp.objectives.distillation import distilled_targets
 from hf_vlp.objectives.distributed import batch_sizes, exchange_integers, gather, offset_of, world
 from hf_vlp.objectives.matching import HardNegatives, NoNegativesError, hard_negatives
+from hf_vlp.objectives.precision import full_precision, without_autocast
 
 from .configuration_albef import AlbefConfig
-from .modeling_albef import AlbefForImageTextRetrieval, AlbefPreTrainedModel
+from .modeling_albef import AlbefForImageTextRetrieval, AlbefPreTrainedModel, unit_vectors
 from .modeling_albef_packing import PackedTexts
 
 
@@ -195,8 +196,8 @@ class AlbefMomentumModel(PreTrainingMixin, AlbefPreTrainedModel):
     @torch.no_grad()
     def momentum_features(self, image_states: Tensor, first_states: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised features of the twin from its image tokens (B, K, width) and its [CLS] states (B, hidden)."""
-        image = F.normalize(self.momentum["vision_projection"](image_states[:, 0]), dim=-1)
-        return image, F.normalize(self.momentum["text_projection"](first_states), dim=-1)
+        image = unit_vectors(self.momentum["vision_projection"](image_states[:, 0]))
+        return image, unit_vectors(self.momentum["text_projection"](first_states))
 
     def contrast(
         self,
@@ -223,16 +224,16 @@ class AlbefMomentumModel(PreTrainingMixin, AlbefPreTrainedModel):
         text_keys = torch.cat([all_text_m, self.queue.text_embeds])
         rows = torch.arange(len(image), device=image.device)
         if image_ids is None:
-            hard = F.one_hot(rows + offset, len(text_keys)).float()
+            hard = full_precision(F.one_hot(rows + offset, len(text_keys)).to(image.dtype))
         else:
             every = image_ids if local else gather(image_ids)
             equal = image_ids[:, None] == torch.cat([every, self.queue.image_ids])[None, :]
-            hard = equal.float() / equal.sum(dim=1, keepdim=True)
+            hard = full_precision(equal.to(image.dtype)) / equal.sum(dim=1, keepdim=True)
         targets = (hard, hard)
         if alpha > 0:
-            with torch.no_grad():
-                towards_texts = image_m.float() @ text_keys.float().t() * scale
-                towards_images = text_m.float() @ image_keys.float().t() * scale
+            with torch.no_grad(), without_autocast(image.device):
+                towards_texts = full_precision(image_m) @ full_precision(text_keys).t() * scale
+                towards_images = full_precision(text_m) @ full_precision(image_keys).t() * scale
             targets = (distilled_targets(towards_texts, hard, alpha), distilled_targets(towards_images, hard, alpha))
         itc = contrastive_loss(
             image,

@@ -1,10 +1,11 @@
 """ALBEF's processor: square images, and captions cleaned and tokenized as the original cleans and tokenizes them."""
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 _DROPPED = re.compile(r"[,.'!?\"()*#:;~]")
@@ -16,6 +17,37 @@ def clean_caption(text: str, max_words: int | None = None) -> str:
     text = _DROPPED.sub("", text.lower()).replace("-", " ").replace("/", " ").replace("<person>", "person")
     words = _SPACES.sub(" ", text).strip().split(" ")
     return " ".join(words[:max_words])
+
+
+def without_final_sep(tokenizer: Any) -> Any:
+    """A tokenizer of the same vocabulary that turns a single text into [CLS] and its tokens.
+
+    A saved BERT tokenizer is made anew from its vocabulary when it is loaded, so the change needs the general class.
+    """
+    if tokenizer("a")["input_ids"][-1:] != [tokenizer.sep_token_id]:
+        return tokenizer
+    fast = tokenizer.backend_tokenizer
+    parts = json.loads(fast.to_str())
+    parts["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "cls", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [
+            {"SpecialToken": {"id": "cls", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"Sequence": {"id": "B", "type_id": 0}},
+        ],
+        "special_tokens": {
+            "cls": {"id": "cls", "ids": [tokenizer.cls_token_id], "tokens": [tokenizer.cls_token]},
+        },
+    }
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=type(fast).from_str(json.dumps(parts)),
+        model_max_length=tokenizer.model_max_length,
+        padding_side="right",
+        model_input_names=["input_ids", "attention_mask"],
+        **{name: getattr(tokenizer, name) for name in names},
+    )
 
 
 class AlbefProcessor(ProcessorMixin):
@@ -41,6 +73,8 @@ class AlbefProcessor(ProcessorMixin):
         add_sep: bool = False,
         **kwargs: Any,
     ) -> None:
+        if tokenizer is not None and not add_sep:
+            tokenizer = without_final_sep(tokenizer)
         self.max_words = max_words
         self.add_sep = add_sep
         super().__init__(image_processor, tokenizer, **kwargs)
@@ -120,7 +154,6 @@ class AlbefProcessor(ProcessorMixin):
         return [one.strip() for one in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def _ids(self, texts: list[str], max_length: int | None, sep: bool) -> list[list[int]]:
-        # Differs from the usual BERT processing: the tokenizer's own template would end each text with [SEP].
         encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         room = None if max_length is None else max_length - 1 - sep
         end = [self.tokenizer.sep_token_id] if sep else []
