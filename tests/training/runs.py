@@ -1,0 +1,124 @@
+"""Tiny training runs in memory: rows, models and trainers for the tests of `hf_vlp.training`."""
+
+import hashlib
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers import CLIPConfig
+
+from hf_vlp.data import CaptioningCollator, ImageTextCollator, PairDataset
+from hf_vlp.models.clip.pretraining_clip import CLIPForPreTraining
+from hf_vlp.training import VLPTrainer, VLPTrainingArguments, apply_stage
+from tests.tiny import blip2 as tiny_blip2
+from tests.tiny import clip as tiny_clip
+
+_TEXTS = tiny_clip.TEXTS
+
+
+def rows(count: int = 22, *, bad: tuple[int, ...] = (), size: int = 20) -> list[dict[str, Any]]:
+    """Rows with PNG bytes of noise and one to three texts each; those of `bad` hold no image."""
+    found = []
+    for index in range(count):
+        pixels = np.random.default_rng(index).integers(0, 256, (size, size, 3), dtype=np.uint8)
+        buffer = BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        texts = [f"{_TEXTS[(index + n) % len(_TEXTS)]} {index % 10}" for n in range(1 + index % 3)]
+        content = b"this is not a picture" if index in bad else buffer.getvalue()
+        found.append({"image": {"bytes": content, "path": None}, "text": texts, "source": "tiny", "key": str(index)})
+    return found
+
+
+def arguments(folder: str | Path, **changes: Any) -> VLPTrainingArguments:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 6,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "sanity": False,
+        "seed": 7,
+        "dataloader_pin_memory": False,
+    }
+    return VLPTrainingArguments(**(settings | changes))
+
+
+def clip_model(*, dropout: float = 0.0, **settings: Any) -> tuple[CLIPForPreTraining, Any]:
+    """A tiny CLIP and its processor."""
+    processor = tiny_clip.processor()
+    text = tiny_clip.text_config_of(processor, attention_dropout=dropout)
+    vision = tiny_clip.vision_config(attention_dropout=dropout)
+    torch.manual_seed(3)
+    model = CLIPForPreTraining(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24), **settings)
+    return model, processor
+
+
+def clip_trainer(
+    folder: str | Path,
+    *,
+    data: list[dict[str, Any]] | None = None,
+    dropout: float = 0.0,
+    stage: str = "pretrain",
+    model_settings: dict[str, Any] | None = None,
+    collator_options: dict[str, Any] | None = None,
+    trainer_options: dict[str, Any] | None = None,
+    **changes: Any,
+) -> VLPTrainer:
+    model, processor = clip_model(dropout=dropout, **(model_settings or {}))
+    apply_stage(model, stage)
+    return VLPTrainer(
+        model,
+        arguments(folder, **changes),
+        ImageTextCollator(processor, **(collator_options or {})),
+        PairDataset(rows() if data is None else data, seed=1),
+        processing_class=processor,
+        **(trainer_options or {}),
+    )
+
+
+def stage1_trainer(folder: str | Path, *, dropout: float = 0.0, **changes: Any) -> VLPTrainer:
+    model = tiny_blip2.pretraining_model(
+        seed=3, qformer={"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    )
+    processor = tiny_blip2.retrieval_processor()
+    apply_stage(model, "stage1")
+    return VLPTrainer(
+        model, arguments(folder, **changes), ImageTextCollator(processor), PairDataset(rows(), seed=1),
+        processing_class=processor,
+    )  # fmt: skip
+
+
+def stage2_trainer(folder: str | Path, *, lora_r: int = 0, **changes: Any) -> VLPTrainer:
+    from hf_vlp.training.lora import LoraArguments, add_lora
+
+    model, processor = tiny_blip2.generation_model(seed=3), tiny_blip2.generation_processor()
+    apply_stage(model, "stage2")
+    add_lora(model, LoraArguments(lora_r=lora_r, lora_dropout=0.1))
+    return VLPTrainer(
+        model, arguments(folder, **changes), CaptioningCollator(processor), PairDataset(rows(), seed=1),
+        processing_class=processor,
+    )  # fmt: skip
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def fingerprint(state: dict[str, torch.Tensor]) -> str:
+    """Equal for bit-identical weights only."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def losses(trainer: VLPTrainer, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
