@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from hf_vlp.evaluation.caption_scores import caption_metrics
+from hf_vlp.evaluation.gallery import Gallery
 from hf_vlp.evaluation.generation import common_result, generate_texts
-from hf_vlp.evaluation.images import rows_of
+from hf_vlp.evaluation.images import Skipped, rows_of
 from hf_vlp.evaluation.ptb_tokenizer import tokenize_captions
 from hf_vlp.evaluation.results import write_json
-from hf_vlp.evaluation.retrieval import Gallery
 from hf_vlp.evaluation.runtime import is_main
 
 
@@ -78,7 +78,9 @@ def evaluate_captioning(
         ValueError: no rows, an image without a reference, unreadable images above the rate.
     """
     rows = rows_of(rows, limit)
-    gallery = Gallery.from_rows(rows)
+    gallery, text_failures = Gallery.from_rows(rows)
+    bad_texts = Skipped(text_failures, len(gallery.text_of) + len(text_failures), "texts")
+    bad_texts.check(max_bad_rate)
     references = gallery.captions()
     options: dict[str, Any] = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
     if min_new_tokens is not None:
@@ -112,6 +114,7 @@ def evaluate_captioning(
         images=len(captions),
         references=sum(len(references[image]) for image, _ in generated),
         empty_captions=sum(not caption for caption in captions),
+        **bad_texts.summary(),
     )
     if details:
         result["details"] = [

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from hf_vlp.data.images import decode_image
+from hf_vlp.data.pairs import problem_of
 from hf_vlp.data.records import BadRecord, ErrorRateExceeded, RecordLimits
 from hf_vlp.evaluation.runtime import to_device
 
@@ -57,7 +58,7 @@ def column(rows: Any, name: str, *, required: bool = True) -> list[Any] | None:
 
 @dataclass(frozen=True)
 class Failure:
-    """A picture that could not be used: its row, the reason (a key of `hf_vlp.data.records.REASONS`), and which."""
+    """What could not be used: its row, the reason (a key of `hf_vlp.data.records.REASONS`), and where it is from."""
 
     row: int
     reason: str
@@ -66,10 +67,10 @@ class Failure:
 
 
 class Skipped:
-    """Pictures that could not be used: how many, why, and which."""
+    """Pictures or texts that could not be used: how many, why, and which."""
 
-    def __init__(self, failures: Sequence[Failure], total: int):
-        self.failures, self.total = list(failures), total
+    def __init__(self, failures: Sequence[Failure], total: int, what: str = "images"):
+        self.failures, self.total, self.what = list(failures), total, what
         self.rows = [failure.row for failure in failures]
 
     def check(self, max_bad_rate: float) -> None:
@@ -77,17 +78,18 @@ class Skipped:
         if self.failures and len(self.failures) > max_bad_rate * self.total:
             named = "; ".join(f"row {one.row} ({one.where}): {one.reason} {one.detail}" for one in self.failures[:5])
             raise ErrorRateExceeded(
-                f"{len(self.failures)} of {self.total} images cannot be read, above max_bad_rate={max_bad_rate}: "
-                f"{named}. Leaving images out changes the numbers: mend the data, or raise max_bad_rate to skip them"
+                f"{len(self.failures)} of {self.total} {self.what} cannot be used, above "
+                f"max_bad_rate={max_bad_rate}: {named}. Leaving some out changes the numbers: mend the data, or raise "
+                "max_bad_rate to skip them"
             )
-        if len(self.failures) == self.total:
-            raise ErrorRateExceeded("none of the images can be read")
+        if len(self.failures) >= self.total:
+            raise ErrorRateExceeded(f"none of the {self.what} can be used")
 
     def summary(self) -> dict[str, Any]:
-        """`skipped_images` and, where there are any, the reasons with their counts."""
-        summary: dict[str, Any] = {"skipped_images": len(self.failures)}
+        """`skipped_images` (or `skipped_texts`) and, where there are any, the reasons with their counts."""
+        summary: dict[str, Any] = {f"skipped_{self.what}": len(self.failures)}
         if self.failures:
-            summary["skipped_reasons"] = dict(Counter(failure.reason for failure in self.failures))
+            summary[f"skipped_{self.what}_reasons"] = dict(Counter(failure.reason for failure in self.failures))
         return summary
 
 
@@ -149,6 +151,9 @@ class _Items(Dataset):
         row = self.source.rows[index]
         prompt = None if self.prompts is None else self.prompts[position]
         try:
+            problem = problem_of(row)
+            if problem is not None:
+                raise problem
             return _Item(position, prompt, decode_image(row.get("image"), _LIMITS))
         except BadRecord as error:
             return _Item(position, prompt, None, Failure(index, error.reason, error.detail, where(row)))

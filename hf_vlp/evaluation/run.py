@@ -125,14 +125,15 @@ def run_evaluation(
     Args:
         task: a key of `TASKS`.
         model: folder or Hub id of a model that has the task's role.
-        data: whatever `hf_vlp.data.load_pairs` reads: `"shapes"`, a folder, a file, a Hub id.
+        data: whatever `hf_vlp.data.load_pairs` (for VQA `load_questions`) reads: `"shapes"`, a folder, a file, a
+            Hub id.
         split: of the data; by default `"test"`.
         batch_size: images at a time.
         device: see `load_model_and_processor`.
         dtype: see `load_model_and_processor`.
         limit: use only so many rows.
         output: JSON file for the result, written by the main process.
-        data_options: passed to `load_pairs` (`columns`, `image_root`, …).
+        data_options: passed to the function that loads the rows (`columns`, `image_root`, …).
         show_table: print the table on the main process.
         task_options_given: options of the task function (`rerank=128`, `prompt=…`); `task_options(task)` lists them.
 
@@ -147,10 +148,11 @@ def run_evaluation(
     unknown = sorted(set(task_options_given) - set(accepted))
     if unknown:
         raise ValueError(f"task {task!r} has no option {unknown}; it has {sorted(accepted)}")
-    from hf_vlp.data import load_pairs
+    from hf_vlp.data import load_pairs, load_questions
 
     split = split or "test"
-    rows = load_pairs(str(data), split=split, **(data_options or {}))
+    load_rows = load_questions if named.role == "vqa" else load_pairs
+    rows = load_rows(str(data), split=split, **(data_options or {}))
     network, processor = load_model_and_processor(model, named.role, dtype=dtype, device=device)
     started = time.perf_counter()
     result = named.load()(network, processor, rows, batch_size=batch_size, limit=limit, **task_options_given)

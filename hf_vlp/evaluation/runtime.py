@@ -1,7 +1,7 @@
 """What every evaluation loop shares: processes, batches, images, progress and the model's mode."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -58,15 +58,6 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat(gather_lists([rows.cpu()]))
 
 
-def first_error(error: Exception | None) -> None:
-    """Raises on every process the first error of any of them, so that none waits for one that has stopped."""
-    errors = [e for e in gather_lists([error]) if e is not None]
-    if error is not None:
-        raise error
-    if errors:
-        raise RuntimeError(f"another process failed: {errors[0]}")
-
-
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """Consecutive slices of at most `size` items.
 
@@ -111,9 +102,3 @@ def batches_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     """Batches of positions of similar length, so that little of a batch is padding."""
     order = sorted(range(len(lengths)), key=lambda position: (lengths[position], position))
     yield from (list(batch) for batch in chunks(order, size))
-
-
-def apply_to_rows(rows: Sequence[dict[str, Any]], indices: Iterable[int], function: Callable[[dict[str, Any]], T]):
-    """Yields `function(rows[index])` for each index."""
-    for index in indices:
-        yield function(rows[index])

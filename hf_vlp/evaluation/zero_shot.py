@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from hf_vlp.evaluation.gallery import embed_texts, longest_text, tokenize
 from hf_vlp.evaluation.images import ImageRows, Skipped, column, embed_batches, rows_of
 from hf_vlp.evaluation.recall import ranks_from_scores, recall_at
-from hf_vlp.evaluation.retrieval import embed_texts, longest_text, tokenize
 from hf_vlp.evaluation.runtime import evaluating, gather_lists, gather_rows, progress, shard
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
@@ -44,7 +44,7 @@ def class_embeddings(
     with evaluating(model):
         tokens = tokenize(processor, prompts, longest_text(model, processor))
         device = next(model.parameters()).device
-        embeds = embed_texts(model, processor, tokens, batch_size, device, show_progress=False)
+        embeds = embed_texts(model, tokens, batch_size, device, show_progress=False)
     return normalize(embeds.view(len(class_names), len(templates), -1).mean(dim=1), dim=-1)
 
 
