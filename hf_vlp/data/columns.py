@@ -44,10 +44,11 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "question": ("question", "questions", "query"),
     "answers": ("answers", "answer", "multiple_choice_answer", "label"),
     "image_id": _IMAGE_ID,
+    "question_id": ("question_id",),
     "question_type": ("question_type",),
     "answer_type": ("answer_type",),
 }
-REQUIRED = frozenset({"image", "text", "question", "answers"})
+REQUIRED = frozenset({"image", "text", "question"})
 
 
 def choose_columns(

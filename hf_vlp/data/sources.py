@@ -27,7 +27,7 @@ from .readers import (
 )
 from .rows import RowMaker, features_for
 from .splits import ALL, by_split, canonical_split, chosen, parse_split, part_bounds
-from .tables import in_memory
+from .tables import all_rows, in_memory
 from .tars import TAR_SUFFIXES, TarShard
 from .typed import as_rows
 
@@ -95,11 +95,11 @@ def load_questions(
     seed: int = 0,
     **shapes_options: Any,
 ) -> Rows:
-    """Questions about images: rows with `image` (not decoded), `question`, `answers`, and where the source has them
-    `question_type`, `answer_type`, `image_id`.
+    """Questions about images: rows with `image` (not decoded) and `question`, and where the source has them `answers`
+    (a list), `question_id`, `question_type`, `answer_type`, `image_id`.
 
-    Arguments and errors are those of `load_pairs`; the roles of `columns` are image, question, answers, image_id,
-    question_type and answer_type. Shapes has `questions=` a scene besides its other options.
+    Arguments and errors are those of `load_pairs`; the roles of `columns` are the names above. Shapes has `questions=` (questions a
+    scene, 1 by default) besides its other options.
     """
     return _load(spec, split, QUESTIONS, streaming, columns, image_root, seed, shapes_options)
 
@@ -166,10 +166,16 @@ def _part(rows: Rows, part: str | None) -> Rows:
         return rows
     if isinstance(rows, IterableDataset):
         start, stop = part_bounds(part, None)
-        rows = rows.skip(start) if start else rows
-        return rows if stop is None else rows.take(max(0, stop - start))
+        # As one shard: `take` on several would be a share of each of them.
+        return IterableDataset.from_generator(
+            _stream_part, features=rows.features, gen_kwargs={"rows": rows, "start": start, "stop": stop}
+        )
     start, stop = part_bounds(part, len(rows))
     return rows.select(range(start, stop) if start < stop else [])
+
+
+def _stream_part(rows: IterableDataset, start: int, stop: int | None) -> Iterator[dict[str, Any]]:
+    yield from islice(all_rows(rows.skip(start) if start else rows), None if stop is None else max(0, stop - start))
 
 
 def _file(

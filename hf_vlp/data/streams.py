@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import datasets
-import fsspec.asyn
 import torch
 from numpy.random import Generator, Philox
 from torch.utils.data import IterableDataset, get_worker_info
@@ -12,9 +10,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from .hashing import stable_hash
 from .pairs import ImageTransform, make_record
 from .records import texts_of
+from .tables import all_rows
 
 _SHARD_BITS = 32
-_READ_ROWS = 16
 
 
 class PairIterableDataset(IterableDataset):
@@ -191,8 +189,8 @@ class PairIterableDataset(IterableDataset):
         if self._shards() > 1:
             rows = rows.shard(num_shards=self._shards(), index=number)
         if skip and hasattr(rows, "skip"):
-            return enumerate(_all_rows(rows.skip(skip)), start=skip)
-        return ((position, row) for position, row in enumerate(_all_rows(rows)) if position >= skip)
+            return enumerate(all_rows(rows.skip(skip)), start=skip)
+        return ((position, row) for position, row in enumerate(all_rows(rows)) if position >= skip)
 
     def _reader(self) -> tuple[int, int]:
         """This reader's number and how many there are: processes, times workers where they share this dataset."""
@@ -216,19 +214,3 @@ class PairIterableDataset(IterableDataset):
             "shards": self._shards(),
             "world_size": self.world_size,
         }
-
-
-def _all_rows(rows: Any) -> Iterator[Mapping[str, Any]]:
-    """The rows of an iterable, all of them in a worker as well.
-
-    `datasets.IterableDataset.__iter__` gives a worker its share only, by rules of its own; `iter` knows no workers.
-    """
-    if not isinstance(rows, datasets.IterableDataset):
-        yield from rows
-        return
-    if get_worker_info() is not None:
-        # A lock that was held in the parent process when the worker was forked would never be let go.
-        fsspec.asyn.reset_lock()
-    for batch in rows.iter(batch_size=_READ_ROWS):
-        for values in zip(*batch.values()):
-            yield dict(zip(batch, values))

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Image, IterableDataset, List, Value
+from torch.utils.data import DataLoader
 
 from hf_vlp.data import (
     ImageTextCollator,
@@ -409,6 +410,12 @@ def test_parts_that_make_no_sense(tmp_path: Path, images: Path) -> None:
             load_pairs(jsonl(tmp_path, images), split)
     assert len(load_pairs("shapes", "train[:7]")) == 7
     assert load_pairs("shapes", "train[3:7]")["key"][:] == ["3", "4", "5", "6"]
+    streamed = load_pairs("shapes", "train[900:1100]", streaming=True)
+    for workers in (0, 2):
+        loader = DataLoader(
+            PairIterableDataset(streamed), batch_size=None, num_workers=workers, collate_fn=lambda r: r
+        )
+        assert sorted(int(record["key"]) for record in loader) == list(range(900, 1100))
 
 
 def test_columns_can_be_named(tmp_path: Path, images: Path) -> None:
@@ -531,6 +538,9 @@ def test_questions_of_files(tmp_path: Path, images: Path) -> None:
     for streaming in (False, True):
         (row,) = load_questions(tmp_path / "b.parquet", streaming=streaming)
         assert row["answers"] == ["x", "y"]
+    hidden = write_lines(tmp_path / "test.jsonl", [{"image": "images/000.png", "question": "q", "question_id": 4}])
+    (row,) = load_questions(hidden, "test")
+    assert row["question_id"] == "4" and "answers" not in row
     with pytest.raises(ValueError, match="looks like the question"):
         load_questions(jsonl(tmp_path, images))
 
