@@ -47,6 +47,14 @@ def _query_scores(images: Tensor, texts: Tensor) -> Tensor:
     return (images.reshape(count * queries, width) @ texts.t()).view(count, queries, texts.shape[0])
 
 
+def _scaled_scores(images: Tensor, texts: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`scale * scores(images, texts)` in memory of its own, and which query was the nearest."""
+    if images.dim() == 2:
+        return (images * scale) @ texts.t(), None
+    nearest = _query_scores(images, texts).max(dim=1)
+    return nearest.values.mul_(scale), nearest.indices
+
+
 def tiled_statistics(
     images: Tensor,
     texts: Tensor,
@@ -145,7 +153,7 @@ class _TiledStatistics(torch.autograd.Function):
         with without_autocast(images.device):
             for r in _tiles(len(images), tile):
                 for c in _tiles(len(texts), tile):
-                    logits = scores(images[r], texts[c]).mul_(scale)
+                    logits, _ = _scaled_scores(images[r], texts[c], scale)
                     positives = None
                     if row_ranges.meet(r.start, column_ranges, c.start):
                         positives = image_ids[r, None] == text_ids[None, c]
@@ -173,21 +181,15 @@ class _TiledStatistics(torch.autograd.Function):
         want_images, want_texts, want_scale = ctx.needs_input_grad[:3]
         image_grad = torch.zeros_like(images) if want_images or want_scale else None
         text_grad = torch.zeros_like(texts) if want_texts else None
-        queries = images.dim() == 3
         with without_autocast(images.device):
             for r in _tiles(len(images), ctx.tile):
                 for c in _tiles(len(texts), ctx.tile):
-                    nearest = None
-                    if queries:
-                        logits, nearest = _query_scores(images[r], texts[c]).max(dim=1)
-                        logits = logits.mul_(scale)
-                    else:
-                        logits = scores(images[r], texts[c]).mul_(scale)
+                    logits, nearest = _scaled_scores(images[r], texts[c], scale)
                     grad = torch.zeros_like(logits)
                     if row_lse_grad is not None:
-                        grad += (logits - row_lse[r, None]).exp_().mul_(row_lse_grad[r, None])
+                        grad.addcmul_((logits - row_lse[r, None]).exp_(), row_lse_grad[r, None])
                     if column_lse_grad is not None:
-                        grad += (logits - column_lse[None, c]).exp_().mul_(column_lse_grad[None, c])
+                        grad.addcmul_(logits.sub_(column_lse[None, c]).exp_(), column_lse_grad[None, c])
                     if row_ranges.meet(r.start, column_ranges, c.start):
                         positives = image_ids[r, None] == text_ids[None, c]
                         if row_positive_grad is not None:
