@@ -17,7 +17,7 @@ from hf_vlp.data.tokenizers import train_opt_tokenizer
 from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, parse_arguments
 from hf_vlp.training.arguments import option, run_settings
 from hf_vlp.training.data import main_process_first, texts_of_rows
-from hf_vlp.training.text import TextCollator, TextDataset
+from hf_vlp.training.text import TextCollator, TextDataset, text_lines
 
 
 @dataclass
@@ -27,6 +27,7 @@ class ModelArguments:
     _argument_group_name: ClassVar[str] = "model"
 
     model_name_or_path: str | None = option(None, "Folder or Hub id to go on from; left out: from scratch.")
+    text_file: str | None = option(None, "Plain text, one text a line, to train on in place of the pairs' texts.")
     hidden_size: int = option(128, "Width, from scratch.")
     num_hidden_layers: int = option(4, "Layers, from scratch.")
     num_attention_heads: int = option(4, "Heads, from scratch.")
@@ -45,7 +46,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # 1. Data
     with main_process_first(args):
-        rows, eval_rows = data.train_rows(), data.eval_rows()
+        if model_args.text_file:
+            rows, eval_rows = text_lines(model_args.text_file), None
+        else:
+            rows, eval_rows = data.train_rows(), data.eval_rows()
 
     # 2. Tokenizer and model
     if model_args.model_name_or_path:

@@ -1,9 +1,11 @@
 """Texts alone, for training the small language model that stage 2 of BLIP-2 then keeps frozen."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset as Rows
 from torch.utils.data import Dataset
 
 from hf_vlp.data.hashing import drawn_text
@@ -11,6 +13,19 @@ from hf_vlp.data.records import texts_of
 
 # What ends a caption for OPT in stage 2, so the language model should have seen it as an end.
 STOP = "\n"
+
+
+def text_lines(path: str | Path) -> Rows:
+    """The lines of a plain text file as rows with a `text` column; empty lines are left out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file has no text.
+    """
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} has no line of text")
+    return Rows.from_dict({"text": lines})
 
 
 class TextDataset(Dataset):

@@ -103,8 +103,9 @@ class ShapesConfig:
         """The named settings, with `options` in place of single fields.
 
         Args:
-            name: `"default"`, or `"simple"`: 32 px, one or two plain objects of one size on white, one caption in
-                plain words; learnable in minutes on a CPU.
+            name: `"default"`, or one that is learnable in minutes on a CPU: `"small"`: 48 px, one or two solid objects
+                of two sizes on three backgrounds, three captions in varied words; `"simple"`: 32 px, one or two plain
+                objects of one size on white, one caption in plain words.
 
         Raises:
             ValueError: unknown preset.
@@ -150,6 +151,14 @@ class ShapesConfig:
 
 PRESETS: dict[str, ShapesConfig] = {
     "default": ShapesConfig(),
+    "small": ShapesConfig(
+        image_size=48,
+        grid=2,
+        max_objects=2,
+        sizes=("medium", "large"),
+        textures=("solid",),
+        details=("relation",),
+    ),
     "simple": ShapesConfig(
         image_size=32,
         grid=2,
