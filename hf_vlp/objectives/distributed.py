@@ -107,7 +107,7 @@ def global_mean(local_sum: Tensor, local_count: int | Tensor) -> Tensor:
         return local_sum / (total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1))
     total = torch.as_tensor(local_count, device=local_sum.device).detach().clone().to(torch.int64)
     dist.all_reduce(total)
-    return local_sum * (size / total.clamp(min=1))
+    return local_sum * size / total.clamp(min=1).to(local_sum.dtype)
 
 
 def transpose_shards(x: Tensor, row_sizes: Sequence[int], column_sizes: Sequence[int]) -> Tensor:
