@@ -280,6 +280,15 @@ def test_resnet_presets_have_the_published_shapes(name: str) -> None:
     assert millions == pytest.approx(published[name], rel=0.01)
 
 
+def test_eva_preset_has_the_published_size() -> None:
+    config = EvaCLIPConfig.preset("EVA01-g-14", text_config={"vocab_size": 1000})
+    assert config.text_config.vocab_size == 1000 and config.projection_dim == 1024
+    with torch.device("meta"):
+        vision = Blip2VisionModel(config.vision_config)
+    # 2303.15389, table 1: the tower has 1.0 B parameters.
+    assert sum(p.numel() for p in vision.parameters()) / 1e9 == pytest.approx(1.01, abs=0.01)
+
+
 def test_unknown_presets_name_the_known_ones() -> None:
     with pytest.raises(ValueError, match="RN50x64"):
         CLIPResNetConfig.preset("RN18")

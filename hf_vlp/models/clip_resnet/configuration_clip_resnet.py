@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
 from transformers import CLIPTextConfig, PreTrainedConfig
+from transformers.configuration_utils import strict
 
 # Published models (2103.00020, table 19): image tower, joint width, and text tower.
 PRESETS: dict[str, dict[str, Any]] = {

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
 from transformers import Blip2VisionConfig, CLIPTextConfig, PreTrainedConfig
-from transformers.utils import logging
+from transformers.configuration_utils import strict
 
-logger = logging.get_logger(__name__)
-
-# Published names of the image towers -> what differs from the defaults of `Blip2VisionConfig`.
-VISION_PRESETS: dict[str, dict[str, Any]] = {
-    "EVA01-g-14": {"num_hidden_layers": 40},
-    "EVA01-g-14-39": {"num_hidden_layers": 39},
+# Published models: image tower, text tower, joint width.
+PRESETS: dict[str, dict[str, Any]] = {
+    "EVA01-g-14": {
+        "vision_config": {"hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 40},
+        "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+        "projection_dim": 1024,
+    },
 }
 
 
@@ -48,14 +48,21 @@ class EvaCLIPConfig(PreTrainedConfig):
 
     @classmethod
     def preset(cls, name: str, **kwargs: Any) -> "EvaCLIPConfig":
-        """The configuration with a published image tower.
+        """The configuration of a published model.
+
+        Args:
+            name: `"EVA01-g-14"`.
+            kwargs: override whole fields; entries of `vision_config` and `text_config` are merged into the preset's.
 
         Raises:
             ValueError: unknown name; the message lists the known ones.
         """
-        if name not in VISION_PRESETS:
-            raise ValueError(f"unknown preset {name!r}; known: {sorted(VISION_PRESETS)}")
-        return cls(vision_config=VISION_PRESETS[name], **kwargs)
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; known: {sorted(PRESETS)}")
+        fields = dict(PRESETS[name])
+        for part in ("vision_config", "text_config"):
+            fields[part] = fields[part] | kwargs.pop(part, {})
+        return cls(**(fields | kwargs))
 
 
 __all__ = ["EvaCLIPConfig"]
