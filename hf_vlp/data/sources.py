@@ -98,8 +98,8 @@ def load_questions(
     """Questions about images: rows with `image` (not decoded) and `question`, and where the source has them `answers`
     (a list), `question_id`, `question_type`, `answer_type`, `image_id`.
 
-    Arguments and errors are those of `load_pairs`; the roles of `columns` are the names above. Shapes has `questions=` (questions a
-    scene, 1 by default) besides its other options.
+    Arguments and errors are those of `load_pairs`; the roles of `columns` are the names above. Shapes has the
+    option `questions` (questions a scene, 1 by default) besides its others.
     """
     return _load(spec, split, QUESTIONS, streaming, columns, image_root, seed, shapes_options)
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ from hf_vlp.data.shapes.vocabulary import (
     TEXTURE_SYNONYMS,
     TEXTURES,
 )
+from hf_vlp.data.shapes.world import png
 
 EVERYTHING = {"colors": tuple(COLORS), "shapes": SHAPES, "grid": 3, "max_objects": 5}
 _FINGERPRINT = """
@@ -444,6 +446,28 @@ def test_unknown_names_list_the_known_ones() -> None:
         load_pairs("shapes", "heldout", heldout=0)
     with pytest.raises(ValueError, match="columns"):
         load_pairs("shapes", columns={"text": "caption"})
+
+
+def test_draws_are_the_words_of_philox_in_any_thread() -> None:
+    def words(key: tuple[int, int, int]) -> list[int]:
+        draws = Draws(*key)
+        return [draws.word() for _ in range(200)]
+
+    keys = [(seed, stream, 7 * index) for seed in (0, -3, 2**63) for stream in (0, 65) for index in range(20)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(words, keys * 5))
+    for key, drawn in zip(keys * 5, found):
+        seed, stream, index = key
+        raw = np.random.Philox(key=(((stream << 48) | index) << 64) | (seed % 2**64)).random_raw(256).tolist()
+        expected = [word for start in range(0, 256, 64) for word in reversed(raw[start : start + 64])]
+        assert drawn == expected[:200]
+
+
+def test_a_picture_is_written_as_it_is() -> None:
+    for world in (ShapesWorld(), ShapesWorld(ShapesConfig(image_size=37))):
+        image = world.image(world.scene(0))
+        Image.open(io.BytesIO(png(image))).verify()
+        assert Image.open(io.BytesIO(png(image))).tobytes() == image.tobytes()
 
 
 def test_draws_are_uniform_and_without_repetition() -> None:
