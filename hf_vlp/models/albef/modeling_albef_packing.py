@@ -376,6 +376,8 @@ def attend(
     Returns:
         (T, H·d).
     """
+    if not query.shape[0]:
+        return query.flatten(1)
     implementation = module.config._attn_implementation
     dropout = module.dropout.p if module.training else 0.0
     if weights is None and implementation is not None and "flash" in implementation:
