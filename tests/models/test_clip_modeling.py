@@ -90,6 +90,9 @@ def test_cached_tower_outputs_stand_for_pixels(kind: str) -> None:
     cached = model.pooled_states(batch["pixel_values"])
     expected = model.embed_images(batch["pixel_values"]).itc
     assert torch.equal(model.embed_images(image_embeds=cached).itc, expected)
+    half = model.embed_images(image_embeds=cached.half()).itc
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, expected, atol=5e-3, rtol=5e-3)
     for arguments in ({}, {"pixel_values": batch["pixel_values"], "image_embeds": cached}):
         with pytest.raises(ValueError, match="either pixel_values or image_embeds"):
             model.embed_images(**arguments)

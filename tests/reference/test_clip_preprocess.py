@@ -17,7 +17,7 @@ def test_preprocess(case: Case) -> None:
         palette = case.inputs.get(f"image{index}_palette")
         image = Image.fromarray(pixels)
         if palette is not None:
-            image = Image.fromarray(pixels, mode="L")
+            image = Image.fromarray(pixels)
             image.putpalette(palette.numpy().astype(np.uint8).tobytes())
         assert (image.mode, list(image.size)) == (spec["mode"], spec["size"])
         images.append(image)

@@ -46,7 +46,8 @@ class CLIPModel(DualEncoderRetrieval, transformers.CLIPModel):
         require_one(pixel_values, image_embeds)
         if image_embeds is None:
             image_embeds = self.pooled_states(pixel_values)
-        return self.visual_projection(image_embeds)
+        # A cache keeps half precision.
+        return self.visual_projection(image_embeds.to(self.visual_projection.weight.dtype))
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Projected text features `(texts, dim)`, not normalised. Equal to native ones; columns of padding are cut.

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 
 from hf_vlp.models.catalog import ARCHITECTURES, architecture_of
 from hf_vlp.models.clip.modeling_clip import pooled_token_id
@@ -203,8 +203,15 @@ class CLIPForPreTraining(PreTrainingMixin, PreTrainedModel):
                 f"{sorted(info['missing_keys'])[:5]}, of another shape {sorted(map(str, info['mismatched_keys']))[:5]}"
             )
         wrapped = cls.from_inference_model(model, **settings)
-        extras = Path(pretrained_model_name_or_path) / EXTRAS_FILE
-        if extras.is_file():
+        where = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
+        extras = cached_file(
+            str(pretrained_model_name_or_path),
+            EXTRAS_FILE,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **where,
+        )
+        if extras is not None:
             wrapped.load_extras(load_file(extras))
         return wrapped
 

@@ -161,7 +161,8 @@ class EvaCLIPModel(EvaCLIPPreTrainedModel):
             raise ValueError("give either pixel_values or image_embeds (the vision tower's class token), not both")
         if image_embeds is None:
             image_embeds = self.pooled_states(pixel_values)
-        return self.visual_projection(image_embeds)
+        # A cache keeps half precision.
+        return self.visual_projection(image_embeds.to(self.visual_projection.weight.dtype))
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Projected text features `(texts, dim)`, not normalised; columns of padding are cut.
