@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .distributed import exchange_integers, world
@@ -42,8 +43,9 @@ def language_modeling_loss(
         labels: `(B, L)` token ids, -100 where nothing is to be learnt.
         shift: whether position t predicts label t + 1 (causal models); False for MLM and encoder-decoder models.
         label_smoothing: share of the target that is spread evenly over the vocabulary.
-        chunk_size: how many positions have logits at a time. They are computed again in the backward, so the peak is
-            `chunk_size * V` numbers instead of `S * V`, for 4/3 of the head's multiplications. None: all at once.
+        chunk_size: how many positions have logits at a time: `chunk_size * V` numbers instead of `S * V`. For a plain
+            `nn.Linear` the gradient of a chunk is taken at once, at no cost; for any other head the chunk is computed
+            again in the backward, for 4/3 of the head's multiplications. None: all positions at once.
         pad_token_id: raise if it is among the labels. Leave it out where the padding token is also the end token.
 
     Returns:
@@ -97,6 +99,10 @@ def language_modeling_loss(
 
     if chunk_size is None:
         loss = chunk_loss(rows, targets)
+    elif _is_plain_linear(head):
+        if high >= head.out_features:
+            chunk_loss(rows[:1], targets[:1])  # raises
+        loss = _ChunkedLinear.apply(rows, head.weight, head.bias, targets, label_smoothing, chunk_size)
     else:
         chunks = -(-max(counts for counts, _, _ in everyone) // chunk_size)
         loss = None
@@ -105,6 +111,78 @@ def language_modeling_loss(
             part = checkpoint(chunk_loss, rows[piece], targets[piece], use_reentrant=False)
             loss = part if loss is None else loss + part
     return loss * (world()[1] / total)
+
+
+def _is_plain_linear(head: Callable[[Tensor], Tensor]) -> bool:
+    """Whether `head(x)` is no more than `x @ weight.T + bias`, with all of the weight at hand."""
+    return (
+        type(head) is nn.Linear
+        and type(head.weight) in (Tensor, nn.Parameter)
+        and not head._forward_hooks
+        and not head._forward_pre_hooks
+        and "forward" not in head.__dict__
+    )
+
+
+class _ChunkedLinear(torch.autograd.Function):
+    """Sum of the cross-entropies of `rows @ weight.T + bias`. The gradient of a chunk's logits is known as soon as the
+    logits are, so the forward already turns it into those of the inputs, and no chunk is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        label_smoothing: float,
+        chunk_size: int,
+    ) -> Tensor:
+        kind = rows.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
+        want_rows, want_weight, want_bias = ctx.needs_input_grad[:3]
+        cast_weight = weight.to(dtype)
+        rows_grad = torch.empty_like(rows) if want_rows else None
+        weight_grad = torch.zeros_like(weight) if want_weight else None
+        bias_grad = torch.zeros_like(bias) if want_bias else None
+        loss = full_precision(rows.new_zeros(()))
+        with without_autocast(rows.device):
+            for start in range(0, len(rows), chunk_size):
+                piece = slice(start, start + chunk_size)
+                states, wanted = rows[piece].to(dtype), targets[piece, None]
+                logits = full_precision(F.linear(states, cast_weight, None if bias is None else bias.to(dtype)))
+                log_sum = logits.logsumexp(dim=1, keepdim=True)
+                loss += (log_sum - (1 - label_smoothing) * logits.gather(1, wanted)).sum()
+                if label_smoothing:
+                    loss -= label_smoothing * logits.mean(dim=1).sum()
+                if not (want_rows or want_weight or want_bias):
+                    continue
+                grad = logits.sub_(log_sum).exp_()
+                if label_smoothing:
+                    grad -= label_smoothing / grad.shape[1]
+                grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, label_smoothing - 1))
+                if bias_grad is not None:
+                    bias_grad += grad.sum(dim=0)
+                grad = grad.to(dtype)
+                if rows_grad is not None:
+                    rows_grad[piece] = grad @ cast_weight
+                if weight_grad is not None and weight_grad.dtype == dtype:
+                    weight_grad.addmm_(grad.t(), states)
+                elif weight_grad is not None:
+                    weight_grad += grad.t() @ states
+        ctx.save_for_backward(rows_grad, weight_grad, bias_grad)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (
+            *(None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors),
+            None,
+            None,
+            None,
+        )
 
 
 class MaskedTokens(NamedTuple):

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_vlp.objectives.distributed import offset_of, world
 from hf_vlp.objectives.language import (
@@ -88,6 +90,77 @@ def test_the_head_sees_supervised_positions_only() -> None:
     clean = language_modeling_loss(hidden, head, labels, shift=False)
     hidden[labels == -100] = torch.nan
     assert torch.equal(language_modeling_loss(hidden, head, labels, shift=False), clean)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_linear_head_in_chunks(label_smoothing: float, bias: bool, frozen: bool) -> None:
+    hidden, labels = batch()
+    head = nn.Linear(6, VOCABULARY, bias=bias).double().requires_grad_(not frozen)
+    sides = []
+    for chunk_size in (None, 2):
+        x = hidden.clone().requires_grad_()
+        loss = language_modeling_loss(x, head, labels, label_smoothing=label_smoothing, chunk_size=chunk_size)
+        wanted = [x, *(parameter for parameter in head.parameters() if not frozen)]
+        # Twice, as a second backward through the same graph must give the same.
+        for _ in range(2):
+            sides.append([loss, *torch.autograd.grad(loss * 3, wanted, retain_graph=True)])
+    for side in sides[1:]:
+        for ours, expected in zip(side, sides[0], strict=True):
+            assert torch.allclose(ours, expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert torch.allclose(
+            language_modeling_loss(hidden, head, labels, label_smoothing=label_smoothing, chunk_size=2), sides[0][0]
+        )
+
+
+def test_a_linear_head_in_chunks_under_autocast() -> None:
+    hidden, labels = batch()
+    grads = []
+    for chunk_size in (None, 2):
+        torch.manual_seed(0)
+        head, x = nn.Linear(6, VOCABULARY), hidden.float().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = language_modeling_loss(x, head, labels, chunk_size=chunk_size)
+        loss.backward()
+        assert x.grad.dtype == head.weight.grad.dtype == head.bias.grad.dtype == torch.float32
+        grads.append([x.grad, head.weight.grad, head.bias.grad])
+    for ours, expected in zip(grads[1], grads[0]):
+        assert (ours - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_a_hooked_linear_head_is_called() -> None:
+    hidden, labels = batch()
+    head, calls = nn.Linear(6, VOCABULARY).double(), []
+    head.register_forward_hook(lambda *_: calls.append(1))
+    language_modeling_loss(hidden, head, labels, chunk_size=2)
+    assert calls
+
+
+class LargestTensor(TorchDispatchMode):
+    """Number of elements of the largest tensor that any operator makes, backward included."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+@pytest.mark.parametrize(("chunk_size", "rows"), [(None, 40), (8, 8)])
+def test_no_more_logits_than_a_chunk_are_held(chunk_size: int | None, rows: int) -> None:
+    vocabulary = 5000
+    hidden = torch.randn(4, 30, 4, requires_grad=True)
+    labels = torch.full((4, 30), -100)
+    labels[:, -10:] = 3
+    decoder = nn.Linear(4, vocabulary)
+    with LargestTensor() as largest:
+        language_modeling_loss(hidden, decoder, labels, chunk_size=chunk_size, label_smoothing=0.1).backward()
+    assert largest.elements == rows * vocabulary
 
 
 def test_a_uniform_head_costs_the_logarithm_of_the_vocabulary() -> None:
