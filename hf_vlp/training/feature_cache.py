@@ -192,7 +192,9 @@ class FeatureCache:
         rows = self._maps.get(shard)
         if rows is None or row >= len(rows):
             path = self.folder / f"{shard}.features"
-            rows = np.memmap(path, np.uint8, "r").reshape(-1, self.row_bytes)
+            # A process that was killed may have left part of a row at the end.
+            whole = path.stat().st_size // self.row_bytes
+            rows = np.memmap(path, np.uint8, "r", shape=(whole, self.row_bytes))
             self._maps[shard] = rows
         raw = rows[row].tobytes()
         if zlib.crc32(raw) != crc:

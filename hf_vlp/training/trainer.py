@@ -115,6 +115,9 @@ class VLPTrainer(ResumableTrainer):
             weight_decay=args.weight_decay,
             rates=parse_rates(args.part_learning_rates),
         )
+        if train_dataset is not None:
+            # Says now, not after minutes of preparation, if the records do not fill a batch.
+            self.get_train_dataloader()
         # Now, because saving writes the dtype of the weights into the model's config.
         self.settings = self._run_settings()
 
