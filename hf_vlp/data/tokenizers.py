@@ -4,6 +4,8 @@ All run without a network and give plain transformers tokenizers, so that a save
 same text gives the same vocabulary.
 """
 
+import json
+from collections import Counter
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -30,14 +32,28 @@ def train_bert_tokenizer(
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    words = Counter(
+        word
+        for text in _some(texts)
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))
+    )
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            counts[character] += count
+    alphabet = sorted(counts, key=lambda character: (-counts[character], character))[: max(100, vocab_size // 4)]
+    followers = {character for word in words for character in word[1:]} & set(alphabet)
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        special_tokens=list(_BERT_SPECIAL),
-        limit_alphabet=max(100, vocab_size // 2),
+        # The trainer would number the pieces inside words in the order in which it meets them, which changes from run
+        # to run, and with their numbers which of two equally frequent pairs is joined.
+        special_tokens=[*_BERT_SPECIAL, *sorted(alphabet), *(f"##{character}" for character in sorted(followers))],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_some(texts), trainer)
+    tokenizer.train_from_iterator((word for word in sorted(words) for _ in range(words[word])), trainer)
     return BertTokenizer(vocab=tokenizer.get_vocab(), model_max_length=max_length)
 
 
@@ -81,8 +97,6 @@ def train_opt_tokenizer(
 
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     return [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in merges]
 
