@@ -64,14 +64,13 @@ class Gallery:
                 except BadRecord as error:
                     failures.append(_failure(rows, row, error))
         captions = {key: own for key, own in captions.items() if own}
-        position = {
-            text: index for index, text in enumerate(dict.fromkeys(t for own in captions.values() for t in own))
-        }
+        every = [text for own in captions.values() for text in own]
+        position = {text: index for index, text in enumerate(dict.fromkeys(every))}
         gallery = cls(
             rows=[first_row[key] for key in captions],
             image_ids=[first_row[key] if isinstance(key, tuple) else key for key in captions],
             texts=list(position),
-            text_of=torch.tensor([position[text] for own in captions.values() for text in own], dtype=torch.long),
+            text_of=torch.tensor([position[text] for text in every], dtype=torch.long),
             image_of=torch.tensor(
                 [image for image, own in enumerate(captions.values()) for _ in own], dtype=torch.long
             ),

@@ -27,11 +27,12 @@ def new_tokens(outputs: Tensor, input_ids: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def left_padding(processor: Any) -> Iterator[None]:
-    """Prompts of different lengths end at the same position, where generation goes on."""
+def prompts_end_together(model: nn.Module, processor: Any) -> Iterator[None]:
+    """Pads prompts on the left while a decoder-only model generates: it goes on from their common end."""
     tokenizer = processor.tokenizer
     side = tokenizer.padding_side
-    tokenizer.padding_side = "left"
+    if not getattr(model.config.get_text_config(), "is_encoder_decoder", False):
+        tokenizer.padding_side = "left"
     try:
         yield
     finally:
@@ -74,7 +75,7 @@ def generate_texts(
     texts: list[tuple[int, str]] = []
     failures: list[Failure] = []
     parameter = next(model.parameters())
-    with evaluating(model), left_padding(processor):
+    with evaluating(model), prompts_end_together(model, processor):
         mine = [indices[position] for position in own]
         batches = source.batches(mine, None if prompts is None else [prompts[position] for position in own])
         for batch in progress(batches, description, total=-(-len(own) // batch_size), show=show_progress):

@@ -18,7 +18,9 @@ HUB_TASKS = {
     "vqa": ("visual-question-answering", "Visual question answering"),
 }
 
-_WORDS = {"i2t": "image→text", "t2i": "text→image", "itc": "ITC", "itm": "ITM re-ranked", "cider": "CIDEr"}
+_DIRECTIONS = {"i2t": "image→text", "t2i": "text→image", None: "both"}
+_KINDS = {"itc": "ITC", "itm": "ITM re-ranked"}
+_RECALL = re.compile(r"(?:(i2t|t2i)_)?(?:r(\d+)|(mean))_(itc|itm)(?:_(\d+)_folds)?")
 _NAMES = {
     "cider": "CIDEr",
     "cider_d": "CIDEr-D",
@@ -26,43 +28,69 @@ _NAMES = {
     "vqa_accuracy": "VQA accuracy",
     "exact_match": "exact match",
 } | {f"bleu_{n}": f"BLEU-{n}" for n in range(1, 10)}
+# Metrics that are no shares: papers do not multiply them by 100.
+_COUNTS = ("spurious_per_scene",)
 
 
 def metric_title(name: str) -> str:
     """`"t2i_r1_itm"` → `"text→image R@1 (ITM re-ranked)"`; other names are spelled with blanks."""
     if name in _NAMES:
         return _NAMES[name]
-    match = re.fullmatch(r"(?:(i2t|t2i)_)?(?:r(\d+)|(mean))_(itc|itm)(?:_(\d+)_folds)?", name)
+    match = _RECALL.fullmatch(name)
     if not match:
         return name.replace("_", " ")
-    direction, depth, mean, kind, folds = match.groups()
+    direction, depth, _, kind, folds = match.groups()
     title = f"R@{depth}" if depth else "mean recall"
-    title = f"{_WORDS[direction]} {title}" if direction else title
-    inside = _WORDS[kind] + (f", mean of {folds} folds" if folds else "")
-    return f"{title} ({inside})"
+    title = f"{_DIRECTIONS[direction]} {title}" if direction else title
+    return f"{title} ({_KINDS[kind]}{f', mean of {folds} folds' if folds else ''})"
 
 
 def shown_value(name: str, value: float) -> str:
-    """As papers print it: shares in percent, CIDEr × 100, counts as they are."""
-    if isinstance(value, float):
-        return f"{100 * value:.2f}"
-    return str(value)
+    """As papers print it: shares, and CIDEr, times 100."""
+    return f"{value:.2f}" if name in _COUNTS else f"{100 * value:.2f}"
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """A table of a result's metrics for the terminal, values × 100 as papers print them."""
-    rows = [(metric_title(name), shown_value(name, value)) for name, value in result["metrics"].items()]
-    head = f"{result['task']}: {result.get('model', 'model')} on {result.get('data', 'data')}"
-    if result.get("split"):
-        head += f" ({result['split']})"
-    samples = ", ".join(
-        f"{name.replace('_', ' ')} {value}"
-        for name, value in result.get("samples", {}).items()
-        if value not in (0, {})
-    )
-    width = max((len(name) for name, _ in rows), default=0)
-    lines = [f"  {name:<{width}}  {value:>7}" for name, value in rows]
-    return "\n".join([head, *lines, f"  ({samples})" if samples else ""]).rstrip()
+    """A table of a result for the terminal, with values times 100 as papers print them."""
+    split = f" ({result['split']})" if result.get("split") else ""
+    lines = [f"{result['task']}: {result.get('model', 'model')} on {result.get('data', 'data')}{split}"]
+    recalls: dict[tuple[str, ...], dict[str, str]] = {}
+    rows: list[tuple[str, ...]] = []
+    for name, value in result["metrics"].items():
+        match = _RECALL.fullmatch(name)
+        if match:
+            direction, depth, _, kind, folds = match.groups()
+            row = (_DIRECTIONS[direction], _KINDS[kind], f"{folds} folds" if folds else "")
+            recalls.setdefault(row, {})[f"R@{depth}" if depth else "mean"] = shown_value(name, value)
+        else:
+            rows.append((metric_title(name), shown_value(name, value)))
+    if recalls:
+        columns = list(dict.fromkeys(column for values in recalls.values() for column in values))
+        rows.append(("", "", "", *columns))
+        rows += [(*row, *(values.get(column, "") for column in columns)) for row, values in recalls.items()]
+    lines += _aligned(rows, 3 if recalls else 1)
+    for name, values in result.items():
+        if isinstance(values, dict) and name not in ("metrics", "samples", "options", "details") and values:
+            lines.append(f"  {name.replace('_', ' ')}")
+            lines += _aligned([(f"  {group}", shown_value("", value)) for group, value in values.items()], 1)
+    counts = {name: value for name, value in result.get("samples", {}).items() if value not in (0, {})}
+    if counts:
+        lines.append("  (" + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items()) + ")")
+    return "\n".join(lines)
+
+
+def _aligned(rows: list[tuple[str, ...]], words: int) -> list[str]:
+    """Lines with columns of equal width, the first `words` to the left and numbers to the right."""
+    widths = [max(map(len, column), default=0) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = (
+            cell.ljust(width) if position < words else cell.rjust(max(width, 6))
+            for position, (cell, width) in enumerate(zip(row, widths))
+            if width
+        )
+        lines.append(f"  {'  '.join(cells)}".rstrip())
+    return lines
 
 
 def write_json(data: Any, path: str | Path) -> Path:

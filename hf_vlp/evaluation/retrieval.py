@@ -3,10 +3,11 @@
 The protocol is that of COCO and Flickr30K (Karpathy splits): every image has several captions; an image query is right
 when *any* of its captions is among the first k, a text query when its one image is.
 
-Works with every model that follows the package's retrieval protocol (`hf_vlp.models.retrieval`). What is computed once:
-the vision tower for an image, the text tower for a text that several images share, the keys and values of an image for
-the texts that it is matched with, and a pair that both directions ask for. Memory is bounded: similarities exist in
-blocks of images; the states that matching needs stay on the CPU, or are computed again (`keep_states=False`).
+Works with every model that follows the package's retrieval protocol (`hf_vlp.models.retrieval`). What is computed
+once: the vision tower for an image, the text tower for a text that several images share, the keys and values of an
+image for a batch of texts that it is matched with, and a pair that both directions ask for. Memory is bounded:
+similarities exist in blocks of images; the states that matching needs stay on the CPU, or are computed again
+(`keep_states=False`).
 """
 
 from collections.abc import Iterator, Sequence
