@@ -1,15 +1,18 @@
 """ALBEF folders in a process without hf_vlp: their own code gives our outputs."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, BertTokenizer
 
+from hf_vlp.hub.card import render_card
 from hf_vlp.models.albef.modeling_albef import AlbefForImageTextRetrieval, AlbefModel
 from hf_vlp.models.albef.modeling_albef_tasks import (
     AlbefForQuestionAnswering,
@@ -132,3 +135,17 @@ def test_auto_classes_need_no_flag_here(root: Path) -> None:
     assert isinstance(
         AutoModelForZeroShotImageClassification.from_pretrained(root / "retrieval"), AlbefForImageTextRetrieval
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLASSES)
+def test_card_shows_a_snippet_that_runs(
+    name: str, root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    card = render_card(root / name, repo_id=str(root / name))
+    snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(snippets) == 1 and "2107.07651" in card
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), "red").save("photo.png")
+    exec(compile(snippets[0], f"card of {name}", "exec"), {})
+    assert (tmp_path / "a_cat.png").exists() == (name == "retrieval")
