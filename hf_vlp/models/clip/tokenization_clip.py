@@ -81,10 +81,14 @@ def train_clip_tokenizer(texts: Iterable[str], vocab_size: int = 8192, context_l
     backend = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = template.backend_tokenizer.pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        # The trainer counts the symbols that it has seen, at most 512, so this leaves room for all wanted merges.
+        # The trainer counts the symbols, 512 of them, so this leaves room for all wanted merges.
         vocab_size=BASE_SYMBOLS + wanted,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        # Left to itself the trainer numbers the symbols that end a word in the order in which it meets them, which
+        # changes from run to run, and with their numbers which of two equally frequent pairs is merged.
+        special_tokens=[symbol + END_OF_WORD for symbol in alphabet],
+        initial_alphabet=alphabet,
         end_of_word_suffix=END_OF_WORD,
         show_progress=False,
     )
