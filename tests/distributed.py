@@ -17,6 +17,18 @@ import torch.distributed as dist
 
 _EXIT_GRACE = 10.0
 
+# What tests of several ranks import, or make torch import on first use, at some seconds a rank.
+_PRELOADED = [
+    "hypothesis",
+    "pytest",
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.nn.parallel",
+    "torch.utils.checkpoint",
+    "transformers.modeling_utils",
+]
+
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
     """Calls `function(*args)` on `world_size` processes that share a gloo process group.
@@ -37,7 +49,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         TimeoutError: not all ranks were done in time.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel"])
+    context.set_forkserver_preload(_PRELOADED)
     payload = _pack(args)
     with tempfile.TemporaryDirectory(prefix="hf_vlp_ranks_") as folder:
         store = str(Path(folder) / "store")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .distributed import batch_sizes, gather_with_sizes, offset_of, transpose_shards, world
 from .precision import full_precision, without_autocast
+from .sigmoid import EMPTY
 from .sigmoid import sigmoid_loss as sigmoid_loss
 from .tiled import TileStatistics, scores, tiled_statistics
 
@@ -99,7 +100,7 @@ def contrastive_loss(
         text_keys: the same for images.
 
     Raises:
-        ValueError: shapes that don't fit, or options that exclude each other; the message names them.
+        ValueError: shapes that don't fit, options that exclude each other, or no pair on any rank.
     """
     _check(image_embeds, text_embeds, image_ids, image_keys, text_keys, label_smoothing, gather_keys, rows)
     if soft_targets is not None and (image_ids is not None or tile_size is not None or rows == "all"):
@@ -117,12 +118,14 @@ def contrastive_loss(
         images, texts = full_precision(image_embeds), full_precision(text_embeds)
         scale = scale.to(images.dtype).reshape(())
         sides = _sides(images, texts, image_keys, text_keys, image_ids, gather_keys, rows)
+        if sides.all_rows == 0:
+            raise ValueError(EMPTY)
         compute = _dense if tile_size is None else _tiled
         image_sum, text_sum, logits_per_image, logits_per_text = compute(
             sides, scale, label_smoothing, tile_size, queue, soft_targets
         )
         # Every rank's sum is over its own rows, or over all of them.
-        factor = (1 if rows == "all" else world()[1]) / max(sides.all_rows, 1)
+        factor = (1 if rows == "all" else world()[1]) / sides.all_rows
         loss_i2t, loss_t2i = image_sum * factor, text_sum * factor
     if rows == "all" and logits_per_image is not None and logits_per_text is not None:
         own = slice(sides.offset, sides.offset + len(image_embeds))

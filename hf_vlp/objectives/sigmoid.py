@@ -15,6 +15,10 @@ from .tiled import scores, sigmoid_block_grads, sigmoid_block_value, tiled_sigmo
 if TYPE_CHECKING:
     from .contrastive import ContrastiveOutput
 
+EMPTY = (
+    "the batch is empty on all ranks: a step without any pair has no contrastive loss, skip it on all ranks together"
+)
+
 
 def sigmoid_loss(
     image_embeds: Tensor,
@@ -48,7 +52,7 @@ def sigmoid_loss(
         `ContrastiveOutput` without the losses of single directions, which this loss does not have.
 
     Raises:
-        ValueError: shapes that don't fit.
+        ValueError: shapes that don't fit, or no pair on any rank.
     """
     from .contrastive import ContrastiveOutput
 
@@ -75,6 +79,8 @@ def sigmoid_loss(
         else:
             texts, sizes = gather_with_sizes(texts)
         offset, total = offset_of(sizes), sum(sizes)
+        if total == 0:
+            raise ValueError(EMPTY)
         if image_ids is None:
             text_ids = torch.arange(total, device=device)
             image_ids = text_ids[offset : offset + batch]
@@ -82,17 +88,15 @@ def sigmoid_loss(
             text_ids, _ = gather_with_sizes(image_ids, with_grad=False)
 
         if exchange == "ring" and size > 1:
-            value = _RingSigmoid.apply(
-                images, texts, scale, bias, image_ids, text_ids, tile_size or max(*sizes, 1), sizes
-            )
+            value = _RingSigmoid.apply(images, texts, scale, bias, image_ids, text_ids, tile_size or max(sizes), sizes)
         elif exchange == "ring" or tile_size is not None:
-            value = tiled_sigmoid_sum(images, texts, scale, bias, image_ids, text_ids, tile_size or max(total, 1))
+            value = tiled_sigmoid_sum(images, texts, scale, bias, image_ids, text_ids, tile_size or total)
         else:
             logits_per_image = scores(images, texts) * scale + bias
             logits_per_text = transpose_shards(logits_per_image, sizes, sizes)
             positives = image_ids[:, None] == text_ids[None, :]
             value = F.softplus(torch.where(positives, -logits_per_image, logits_per_image)).sum()
-        loss = value * (size / max(total, 1))
+        loss = value * (size / total)
     return ContrastiveOutput(loss, None, None, logits_per_image, logits_per_text, offset)
 
 

@@ -275,6 +275,12 @@ def test_the_query_form_takes_the_nearest_query() -> None:
         query_contrastive_loss(texts, texts, 2.0)
 
 
+@pytest.mark.parametrize("tile_size", [None, 2])
+def test_an_empty_batch_raises(tile_size: int | None) -> None:
+    with pytest.raises(ValueError, match="empty on all ranks"):
+        contrastive_loss(torch.ones(0, 4), torch.ones(0, 4), 1.0, tile_size=tile_size)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

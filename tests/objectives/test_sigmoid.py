@@ -86,6 +86,12 @@ def test_logits() -> None:
     )
 
 
+@pytest.mark.parametrize("tile_size", [None, 2])
+def test_an_empty_batch_raises(tile_size: int | None) -> None:
+    with pytest.raises(ValueError, match="empty on all ranks"):
+        sigmoid_loss(torch.ones(0, 4), torch.ones(0, 4), 1.0, 0.0, tile_size=tile_size)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
