@@ -1,4 +1,4 @@
-"""Fine-tuning ALBEF on its tasks with momentum distillation (arXiv 2107.07651, section 3.5 and appendix).
+"""Fine-tuning ALBEF on its tasks with momentum distillation (arXiv 2107.07651, section 5 and appendix).
 
 Each class holds the inference model of its task and what only training needs; `export` writes the inference model.
 """
@@ -509,7 +509,7 @@ class AlbefAssignmentOutput(ModelOutput):
 
 
 class AlbefForTextAssignment(PreTrainingMixin, AlbefPreTrainedModel):
-    """Pretraining of the two-image model: to which of two images does a text belong? Section 3.5 (NLVR2).
+    """Pretraining of the two-image model: to which of two images does a text belong? Section 5 (NLVR2).
 
     With equal odds a text belongs to the first, to the second, or to neither of two images; the others are drawn from
     the batch, the more similar the likelier. `export` writes an `AlbefForVisualReasoning` whose classifier is new.

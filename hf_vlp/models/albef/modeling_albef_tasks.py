@@ -1,4 +1,4 @@
-"""ALBEF's heads for visual entailment, reasoning over two images and question answering (section 3.5)."""
+"""ALBEF's heads for visual entailment, reasoning over two images and question answering (section 5 of the paper)."""
 
 import warnings
 from dataclasses import dataclass
@@ -120,7 +120,7 @@ class AlbefForVisualEntailment(AlbefPreTrainedModel):
 
 
 class AlbefForVisualReasoning(AlbefPreTrainedModel):
-    """Is the statement true of the two images (NLVR2)? Twin fusion layers share keys and values, section 3.5."""
+    """Is the statement true of the two images (NLVR2)? Twin fusion layers share keys and values, section 5."""
 
     _auto_class = "AutoModel"
 
@@ -174,7 +174,7 @@ class AlbefForVisualReasoning(AlbefPreTrainedModel):
 
 
 class AlbefForQuestionAnswering(AlbefPreTrainedModel):
-    """Answers a question about an image with a decoder over the fused states of the question, section 3.5.
+    """Answers a question about an image with a decoder over the fused states of the question, section 5.
 
     Answers are ranked in a closed list, as in the paper, or generated.
     """

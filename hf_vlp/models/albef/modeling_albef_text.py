@@ -133,7 +133,7 @@ class AlbefTextLayer(GradientCheckpointingLayer):
 class AlbefTwinLayer(GradientCheckpointingLayer):
     """Two complete layers that look at the first and the second of a pair of images through the same keys and values.
 
-    Section 3.5 of the paper (NLVR2).
+    Section 5 of the paper (NLVR2).
     """
 
     def __init__(self, config: AlbefTextConfig, layer_idx: int) -> None:
@@ -383,7 +383,7 @@ class AlbefTextModel(AlbefTextPreTrainedModel):
 class AlbefTextDecoder(AlbefTextPreTrainedModel, GenerationMixin):
     """BERT as a causal decoder over the question encoder's states, with BERT's prediction head tied to its embeddings.
 
-    Section 3.5 of the paper (VQA). `forward` and `generate` are those of a decoder of transformers;
+    Section 5 of the paper (VQA). `forward` and `generate` are those of a decoder of transformers;
     `token_losses` is the packed form for training and ranking.
     """
 

@@ -256,7 +256,7 @@ class AlbefMomentumModel(PreTrainingMixin, AlbefPreTrainedModel):
         generator: torch.Generator | None,
         given: tuple[Tensor, Tensor] | None,
     ) -> HardNegatives | None:
-        """Hard negatives of own pairs (section 3.3); None for a joined batch in which nothing can be mismatched.
+        """Hard negatives of own pairs (section 3.2); None for a joined batch in which nothing can be mismatched.
 
         The weights are the softmax over this step's keys (online queries, momentum keys) with true pairs set to 0.
         """

@@ -1,6 +1,6 @@
 """ALBEF's pretraining: image-text contrast, matching and masked language modelling with momentum distillation.
 
-Li et al. 2021, arXiv 2107.07651, sections 3.2 to 3.4. The three terms need one pass of the text encoder (texts and
+Li et al. 2021, arXiv 2107.07651, sections 3.2 and 3.3. The three terms need one pass of the text encoder (texts and
 masked texts together) and one of the fusion encoder (matched, mismatched and masked rows together), in which the keys
 and values of an image are projected once a layer.
 """
