@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from .hashing import image_id_hash
-from .images import WHITE, decode_image
+from .images import decode_image
 from .pairs import ImageTransform, problem_of
 from .records import BadRecord, RecordAccount, RecordLimits, RecordReport, usable_text
 
@@ -36,7 +36,7 @@ class _RecordCollator:
         limits: RecordLimits | None = None,
         transform: ImageTransform | None = None,
         prepare: Callable[[Batch, list[Record]], Batch] | None = None,
-        background: tuple[int, int, int] | None = WHITE,
+        background: tuple[int, int, int] | None = None,
     ) -> None:
         self.processor = processor
         self.max_length = max_length
@@ -155,7 +155,7 @@ class ImageTextCollator(_RecordCollator):
         limits: which records are usable and how many may not be.
         transform: augmentation `(PIL image, seed) -> PIL image` of records that bring none of their own.
         prepare: called last with the batch and its records, returns the batch (to add or replace entries).
-        background: colour behind transparent pixels; None drops the transparency instead.
+        background: colour behind transparent pixels; None ignores transparency, see `decode_image`.
     """
 
     keys = frozenset({"pixel_values", "input_ids", "attention_mask"})

@@ -30,26 +30,25 @@ FORMATS: tuple[str, ...] = (
     "AVIF",
     "ICO",
 )
-WHITE = (255, 255, 255)
 _ORIENTATION = 0x0112
 
 
 def decode_image(
-    value: Any, limits: RecordLimits | None = None, background: tuple[int, int, int] | None = WHITE
+    value: Any, limits: RecordLimits | None = None, background: tuple[int, int, int] | None = None
 ) -> Image.Image:
     """The picture of a record: RGB, upright, first frame.
 
     - An animation gives its first frame.
     - EXIF orientation is applied.
-    - Transparent pixels show `background`. # Differs from the original: `convert("RGB")`, which CLIP and LAVIS use,
-      shows whatever colour the file happens to hold under a transparent pixel, often black. `background=None` does so.
-    - 16-bit grey is scaled to 8 bits (Pillow's own conversion clips it to white).
+    - Transparent pixels show the colour that the file holds under them, as with CLIP, LAVIS and the image loader of
+      transformers, so that training sees what a pipeline will see. `background` shows through them instead.
+    - # Differs from the original: 16-bit grey is scaled to 8 bits; Pillow's `convert("RGB")` clips it to white.
     - CMYK, palette, grey and two-colour pictures are converted.
 
     Args:
         value: `{"bytes": …, "path": …}`, bytes, a path, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4) uint8.
         limits: sizes that are accepted, checked on the file's header before anything is decoded.
-        background: colour behind transparent pixels, RGB 0-255.
+        background: colour behind transparent pixels, RGB 0-255; None ignores transparency.
 
     Raises:
         BadRecord: reasons `image_…` of `REASONS`.

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
+from transformers.image_utils import load_image
 
 from hf_vlp.data import BadRecord, RecordLimits, decode_image
 from tests.data.hostile import (
@@ -91,12 +92,23 @@ def test_reals_are_shares_of_white() -> None:
     assert np.asarray(image)[0, :, 1].tolist() == [0, 127, 255]
 
 
-def test_transparency_shows_the_background() -> None:
-    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    content = encoded(clear, "PNG")
-    assert decode_image(content).getpixel((0, 0)) == (255, 255, 255)
+def test_transparency_is_what_the_loader_of_transformers_makes_of_it() -> None:
+    for name in ("alpha_png", "grey_alpha_png", "palette_transparent_png"):
+        content = usable_images()[name]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = load_image(Image.open(io.BytesIO(content)))
+        assert decode_image(content).tobytes() == loaded.tobytes()
+
+
+def test_transparency_can_show_a_background() -> None:
+    content = encoded(Image.new("RGBA", (4, 4), (1, 2, 3, 0)), "PNG")
+    assert decode_image(content).getpixel((0, 0)) == (1, 2, 3)
     assert decode_image(content, background=(9, 8, 7)).getpixel((0, 0)) == (9, 8, 7)
-    assert decode_image(content, background=None).getpixel((0, 0)) == (0, 0, 0)
+    half = encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 128)), "PNG")
+    assert decode_image(half, background=(255, 255, 255)).getpixel((0, 0)) == (127, 127, 127)
+    for name in ("grey_alpha_png", "palette_transparent_png"):
+        assert decode_image(usable_images()[name], background=(0, 0, 0)).mode == "RGB"
 
 
 def test_limits_are_checked_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
