@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Blip2Config
 
 IMAGE_TOKENS, IMAGE_WIDTH = 257, 1408
 VOCABULARY = 30523  # BERT's and [DEC]
 PAD, CLS, SEP = 0, 101, 102
 SHORTEST, LONGEST = 8, 20
+TEXT_LENGTH = 32  # to which the original pads
 
 
 def stage1_config(small: bool = False, **qformer: Any) -> Blip2Config:
@@ -37,3 +38,11 @@ def captions(count: int, padded: int | None, vocabulary: int, seed: int = 0) -> 
     input_ids[position == lengths[:, None] - 1] = SEP
     input_ids[~mask] = PAD
     return {"input_ids": input_ids, "attention_mask": mask.long()}
+
+
+def set_attention(model: nn.Module, implementation: str) -> None:
+    """Sets the attention of every part; FLOPs are counted with "eager", whose products the counter sees on every "
+    "device."""
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = implementation

@@ -31,10 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_vlp.models.blip2.pretraining_blip_2 import Blip2ForPreTraining, ImageGroundedTextHead
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _blip2 import CLS, IMAGE_TOKENS, PAD, captions, stage1_config  # noqa: E402
+from _blip2 import CLS, IMAGE_TOKENS, PAD, TEXT_LENGTH, captions, set_attention, stage1_config  # noqa: E402
 from _memory import TrackedAllocations, table  # noqa: E402
 
-TEXT_LENGTH = 32
 # GFLOP a sample that the original authors' step takes at base size, and what ours may take of its FLOPs and time.
 EXPECTED_FORWARD, EXPECTED_BOTH = 80.2, 213.8
 MAX_FLOP_RATIO, MAX_TIME_RATIO = 0.62, 0.70
@@ -135,14 +134,6 @@ class _Captured(AbstractContextManager):
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
-
-
-def set_attention(model: nn.Module, implementation: str) -> None:
-    """Sets the attention of every part; FLOPs are counted with "eager", whose products the counter sees on every "
-    "device."""
-    for module in model.modules():
-        if hasattr(module, "config"):
-            module.config._attn_implementation = implementation
 
 
 def without_dropout(config: transformers.Blip2Config) -> transformers.Blip2Config:

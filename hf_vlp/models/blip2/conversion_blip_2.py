@@ -365,14 +365,17 @@ def config_from_original(
 
 
 def exact_gelu(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of a T5 as LAVIS runs it: the gated feed-forward with the exact GELU, where Flan-T5's has its tanh form.
+    """The config of a T5 as LAVIS runs it: the gated feed-forward with the exact GELU, where Flan-T5's has its tanh
+    form.
 
-    transformers reads `"gated-gelu"` as the tanh form whatever `dense_act_fn` says, so the exact one goes by its other name.
-    Other configs are returned as they are.
+    transformers reads `"gated-gelu"` as the tanh form whatever `dense_act_fn` says, so the exact one goes by its
+    other name. Other configs are returned as they are.
     """
     if getattr(config, "feed_forward_proj", None) != "gated-gelu":
         return config
-    return type(config)(**{**config.to_dict(), "feed_forward_proj": "gated-gelu_python", "dense_act_fn": "gelu_python"})
+    return type(config)(
+        **{**config.to_dict(), "feed_forward_proj": "gated-gelu_python", "dense_act_fn": "gelu_python"}
+    )
 
 
 def with_vision_file(state: Mapping[str, Tensor], vision: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -459,9 +462,7 @@ def load_native_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -
     missing = [
         name
         for name in own
-        if name not in weights
-        and not name.startswith(optional)
-        and not name.endswith("position_ids")
+        if name not in weights and not name.startswith(optional) and not name.endswith("position_ids")
     ]
     if missing:
         raise MissingWeightsError(

@@ -1,13 +1,21 @@
 """The language model behind the Q-Former: loading any of them, its logits at supervised positions, its label "
 "checks."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_vlp.models.blip2.processing_blip_2 import Blip2Processor
@@ -83,6 +91,53 @@ def head_on_rows(language_model: nn.Module, rows: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def copies_a_prompt(language_model: PreTrainedModel, options: dict[str, Any]) -> int:
+    """Into how many sequences `generate` will copy each prompt (beams, or samples), 1 if it is not a plain search.
+
+    Args:
+        options: arguments of `generate`.
+    """
+    settings = options.get("generation_config") or language_model.generation_config
+
+    def option(name: str) -> Any:
+        return options[name] if name in options else getattr(settings, name, None)
+
+    plain = option("use_cache") is not False and not any(
+        option(name)
+        for name in ("cache_implementation", "prompt_lookup_num_tokens", "penalty_alpha", "prefill_chunk_size")
+    )
+    given = any(options.get(name) is not None for name in ("past_key_values", "assistant_model", "custom_generate"))
+    if not plain or given or language_model._is_stateful or language_model.config.is_encoder_decoder:
+        return 1
+    return max(option("num_beams") or 1, option("num_return_sequences") or 1)
+
+
+def read_prompt_once(
+    language_model: PreTrainedModel, inputs_embeds: Tensor, attention_mask: Tensor, copies: int
+) -> DynamicCache:
+    """Keys and values of all prompt tokens but the last, read once a prompt and then copied for its beams.
+
+    `generate` by itself copies the prompt first and reads each copy, although the copies are alike up to here.
+
+    Args:
+        inputs_embeds: (B, L, width).
+        attention_mask: (B, L).
+        copies: sequences that each prompt becomes.
+
+    Returns:
+        A cache of B x `copies` sequences of L - 1 tokens.
+    """
+    cache = DynamicCache(config=language_model.config)
+    inputs: dict[str, Any] = {"inputs_embeds": inputs_embeds[:, :-1], "attention_mask": attention_mask[:, :-1]}
+    if "position_ids" in inspect.signature(language_model.forward).parameters:
+        positions = (attention_mask.long().cumsum(dim=-1) - 1).masked_fill(attention_mask == 0, 0)
+        inputs["position_ids"] = positions[:, :-1]
+    with head_on_rows(language_model, torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)):
+        language_model(**inputs, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(copies)
+    return cache
 
 
 def shifted(labels: Tensor) -> Tensor:

@@ -29,11 +29,13 @@ from hf_vlp.models.blip2.initialization_blip_2 import text_free_config
 from hf_vlp.models.blip2.language_blip_2 import (
     LabelError,
     check_labels,
+    copies_a_prompt,
     embedding_width,
     head_on_rows,
     load_language_model,
     pad_token_of,
     prepare_language_model,
+    read_prompt_once,
     shifted,
 )
 from hf_vlp.models.blip2.processing_blip_2 import Blip2Processor
@@ -566,6 +568,11 @@ class Blip2ForConditionalGeneration(Blip2BackboneMixin, transformers.Blip2ForCon
         inputs = {"inputs_embeds": self._embed(input_ids, image_mask, soft_prompt), "attention_mask": attention_mask}
         if not self.language_model.config.is_encoder_decoder:
             inputs["input_ids"] = input_ids
+        copies = copies_a_prompt(self.language_model, generate_kwargs)
+        if copies > 1:
+            inputs["past_key_values"] = read_prompt_once(
+                self.language_model, inputs["inputs_embeds"], attention_mask, copies
+            )
         return self.language_model.generate(**inputs, **generate_kwargs)
 
     def _unprompted(self, batch: int, device: torch.device) -> Tensor:
