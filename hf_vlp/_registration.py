@@ -22,18 +22,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from hf_vlp.models.auto_classes import classes_of
 from hf_vlp.models.catalog import ARCHITECTURES, Architecture
-
-# Role in the catalogue -> Auto classes that should find the class, beside `AutoModel`, which finds all of them.
-AUTO_CLASSES: dict[str, tuple[str, ...]] = {
-    "model": (),
-    "captioning": ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
-    "zero_shot": ("AutoModelForZeroShotImageClassification",),
-    "retrieval": ("AutoModelForZeroShotImageClassification",),
-    "vqa": ("AutoModelForVisualQuestionAnswering",),
-}
-# Roles that no Auto class gives.
-_NOT_MODELS = ("config", "processor", "pretraining")
 
 # Task -> (class of the pipeline, Auto classes that load its model, type, default checkpoint).
 TASKS: dict[str, tuple[str, tuple[str, ...], str, tuple[str, str] | None]] = {
@@ -136,16 +126,6 @@ class LazyEntries(dict):
 
 def _own_architectures() -> list[Architecture]:
     return [architecture for architecture in ARCHITECTURES.values() if not architecture.native]
-
-
-def classes_of(architecture: Architecture) -> dict[str, tuple[str, ...]]:
-    """Auto class -> `"module:Class"` of those that it may give for the architecture, the most likely first."""
-    found: dict[str, list[str]] = {}
-    for role in dict.fromkeys([*AUTO_CLASSES, *architecture.classes]):
-        if role in architecture.classes and role not in _NOT_MODELS:
-            for name in ("AutoModel", *AUTO_CLASSES.get(role, ())):
-                found.setdefault(name, []).append(architecture.classes[role])
-    return {name: tuple(dict.fromkeys(references)) for name, references in found.items()}
 
 
 def _enter(mapping: Any, key: str, value: str | tuple[str, ...]) -> None:

@@ -51,9 +51,7 @@ class Metric:
 
     def __post_init__(self) -> None:
         if isinstance(self.value, bool) or not isinstance(self.value, int | float) or not math.isfinite(self.value):
-            raise ValueError(
-                f"metric {self.name!r} on {self.dataset!r}: the value must be a number, got {self.value!r}"
-            )
+            raise ValueError(f"metric {self.name!r} on {self.dataset!r}: its value is no number: {self.value!r}")
 
 
 @dataclass

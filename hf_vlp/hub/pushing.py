@@ -8,6 +8,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+# The base of what the client's HTTP library raises, under whichever name the client imports that library.
+_TransportError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+
 # Never part of a repository: pickles, trainer state, what an interrupted run left.
 IGNORED = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "checkpoint-*/*", ".*.partial-*/*", "runs/*", "*.tmp"]
 
@@ -119,6 +122,6 @@ def push(
                 f"the Hub refused to write to {repo_id} ({status}): the token needs the right to write there"
             ) from error
         raise PushError(f"the Hub answered {status} for {repo_id}: {error}") from error
-    except (OfflineModeIsEnabled, OSError) as error:
+    except (_TransportError, OfflineModeIsEnabled, OSError) as error:
         raise PushError(f"the Hub at {api.endpoint} is not reached: {error}") from error
     return commit.pr_url or commit.commit_url

@@ -11,8 +11,8 @@ from typing import Any
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
-from hf_vlp._registration import classes_of
 from hf_vlp.hub.card import CardData, role_of, write_card
+from hf_vlp.models.auto_classes import classes_of
 from hf_vlp.models.catalog import Architecture, architecture_of
 
 # Role -> task -> (file of hf_vlp/pipelines, class, Auto classes that load its model).
@@ -92,6 +92,7 @@ def save_for_hub(
             ship_code(model, architecture)
         model.save_pretrained(staging, max_shard_size=max_shard_size)
         if processor is not None:
+            keep_padding_side(processor)
             processor.save_pretrained(staging)
         complete_folder(staging)
         write_card(staging, card, repo_id or folder.name)
@@ -120,6 +121,17 @@ def _put_in_place(staging: Path, folder: Path) -> None:
         old.rename(folder)
         raise
     shutil.rmtree(old)
+
+
+def keep_padding_side(processor: ProcessorMixin) -> None:
+    """Has the tokenizer save the side on which it pads.
+
+    transformers saves what a tokenizer was made with, not what was set later; a folder of a decoder-only model would
+    come back padding on the right, and a batch of prompts would be continued from its padding.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is not None:
+        tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side
 
 
 def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:

@@ -222,6 +222,10 @@ class ImageToTextPipeline(ImagePipeline):
             return arguments
         # BLIP and BLIP-2 hand `generate` on to their language model, which has not read the folder's settings.
         stored = self.model.generation_config.to_diff_dict()
+        if stored.get("_from_model_config"):
+            # Its token ids were derived from the model's config, as those of the language model were, which may know
+            # better: it may have been told which token ends a caption.
+            stored = {name: value for name, value in stored.items() if not name.endswith("_token_id")}
         arguments = {**{name: value for name, value in stored.items() if name in _GENERATION_PARAMETERS}, **arguments}
         if hasattr(self.model, "text_decoder"):
             # BLIP's `generate` names these two itself and would be given them twice.

@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLA
 
 import hf_vlp
 from hf_vlp import _registration
-from hf_vlp._registration import LazyEntries, classes_of
+from hf_vlp._registration import LazyEntries
+from hf_vlp.models.auto_classes import classes_of
 from hf_vlp.models.catalog import ARCHITECTURES
 
 OWN = [architecture for architecture in ARCHITECTURES.values() if not architecture.native]

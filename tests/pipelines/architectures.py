@@ -52,7 +52,11 @@ def _sharpen(model: Any) -> Any:
 def blip() -> dict[str, Any]:
     words = tiny.tokenizer("bert")
     text = {**_SMALL, "vocab_size": len(words), "encoder_hidden_size": 32, "max_position_embeddings": 64}
-    text |= {"bos_token_id": words.bos_token_id, "sep_token_id": words.sep_token_id, "pad_token_id": words.pad_token_id}
+    text |= {
+        "bos_token_id": words.bos_token_id,
+        "sep_token_id": words.sep_token_id,
+        "pad_token_id": words.pad_token_id,
+    }
     config = BlipConfig(vision_config=_VISION, text_config=text)
     return {
         "model": _sharpen(BlipForConditionalGeneration(config)),
