@@ -97,6 +97,8 @@ class ImageRows:
     """Decodes pictures of rows and makes model inputs of them, in worker processes if wanted."""
 
     def __init__(self, rows: Any, processor: Any, *, batch_size: int, workers: int = 0):
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: it must be at least 1")
         self.rows, self.processor, self.batch_size, self.workers = rows, processor, batch_size, workers
 
     def batches(self, indices: Sequence[int], prompts: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:

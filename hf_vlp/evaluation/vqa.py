@@ -75,6 +75,9 @@ def evaluate_vqa(
     """
     rows = rows_of(rows, limit)
     questions = column(rows, question_column)
+    for row, question in enumerate(questions):
+        if not isinstance(question, str):
+            raise ValueError(f"row {row}: the question is {question!r}, not a text; drop the row")
     if "{}" not in prompt:
         raise ValueError(f"prompt={prompt!r} has no '{{}}' for the question to go to")
     given = column(rows, answers_column, required=False)
