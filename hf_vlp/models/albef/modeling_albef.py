@@ -164,7 +164,10 @@ class AlbefPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """As in transformers; the folder also opens through the Auto classes of its task."""
-        if self._auto_class is not None:
+        if self._auto_class is None:
+            # A training checkpoint: `Trainer` reads it back by the names that the modules have.
+            kwargs.setdefault("save_original_format", False)
+        else:
             reference = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
             auto_map = getattr(self.config, "auto_map", None) or {}
             self.config.auto_map = auto_map | dict.fromkeys(self._more_auto_classes, reference)
