@@ -236,6 +236,9 @@ class Blip2Processor(transformers.Blip2Processor):
         return BatchFeature(batch)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        # transformers saves what a tokenizer was made with, not what was set later; padded on the right, a batch of
+        # prompts would be continued from its padding.
+        self.tokenizer.init_kwargs["padding_side"] = self.tokenizer.padding_side
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
             # A fast tokenizer saves the padding and truncation of its last call, which would then be everyone's
