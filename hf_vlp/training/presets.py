@@ -182,12 +182,13 @@ def new_bert_tokenizer(texts: Iterable[str], vocab_size: int = 8192, max_length:
     return train_bert_tokenizer(texts, vocab_size, max_length=max_length)
 
 
-def qformer_config(size: str, max_length: int = 512) -> PreTrainedConfig:
+def qformer_config(size: str, max_length: int = 512, *, dropout: float = 0.1) -> PreTrainedConfig:
     """Sizes of a Q-Former from scratch, as the config of the BERT that it would have started from.
 
     Args:
         size: one of `SIZES`; `"base"` is BERT-base, as in the paper.
         max_length: longest text in tokens.
+        dropout: of hidden states and attention weights.
     """
     from transformers import BertConfig
 
@@ -198,4 +199,6 @@ def qformer_config(size: str, max_length: int = 512) -> PreTrainedConfig:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=max_length,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )

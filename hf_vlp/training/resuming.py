@@ -260,6 +260,9 @@ class ResumableTrainer(Trainer):
         logger.warning("%s is the end of the run: nothing is left to train", checkpoint)
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        if self.args.should_save:
+            # The kill may have come before the oldest checkpoint was removed.
+            checkpoints.rotate(self.args.output_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
         return TrainOutput(self.state.global_step, losses[-1] if losses else float("nan"), {})
 
