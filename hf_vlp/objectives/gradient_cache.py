@@ -71,7 +71,8 @@ def cached_backward(
         for chunk in chunks:
             states.append(_RandomState(devices))
             parts.append(tuple(through(embed, chunk)))
-    # Weights that autocast has converted without a graph must not serve the passes with one.
+    # Weights that autocast has converted without a graph must not serve the passes with one (torch 2.13 sees to it
+    # itself, older versions did not).
     torch.clear_autocast_cache()
 
     embeds = [_leaf(torch.cat(column)) for column in zip(*parts)]

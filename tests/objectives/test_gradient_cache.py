@@ -125,6 +125,19 @@ def test_dropout_is_replayed() -> None:
     assert_same(grads(model), expected)
 
 
+def test_draws_of_the_objective_count() -> None:
+    def noisy(images: Tensor, texts: Tensor) -> Tensor:
+        return contrastive_loss(images + 0.1 * torch.randn_like(images), texts, 5.0).loss
+
+    model = TwoTowers(dropout=0.5)
+    torch.manual_seed(7)
+    noisy(*map(torch.cat, zip(*(model.embed(**{k: v[i : i + 4] for k, v in batch().items()}) for i in (0, 4, 8)))))
+    after = torch.rand(3)
+    torch.manual_seed(7)
+    cached_backward(lambda chunk: model.embed(**chunk), noisy, batch(), 4)
+    assert torch.equal(torch.rand(3), after)
+
+
 def test_autocast() -> None:
     sides = []
     for step in (in_chunks_with_graph, lambda model, rows, _: cached_step(model, rows, 4)):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_vlp.objectives.distributed import offset_of, world
-from hf_vlp.objectives.matching import HardNegatives, NoNegativesError, hard_negatives, matching_loss
+from hf_vlp.objectives.matching import HardNegatives, NoNegativesError, _draw, hard_negatives, matching_loss
 from tests.distributed import run_ranks
 
 IDS = torch.tensor([4, 4, 9, 1, 9, 9, 2, 4])
@@ -83,6 +83,13 @@ def test_draws_follow_the_weights() -> None:
 def test_two_pairs_have_one_choice() -> None:
     drawn = hard_negatives(torch.tensor([[0.0, -1e9], [-1e9, 0.0]]), torch.zeros(2, 2))
     assert drawn.image_index.tolist() == drawn.text_index.tolist() == [1, 0]
+
+
+def test_no_random_number_reaches_a_weight_of_zero() -> None:
+    weights = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]]).expand(3, 5)
+    extremes = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert _draw(weights, extremes).tolist() == [1, 3, 3]
+    assert _draw(weights * 3e-39, extremes).tolist() == [1, 3, 3]
 
 
 def test_the_generator_decides() -> None:
