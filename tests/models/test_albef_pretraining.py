@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTModel
@@ -238,6 +239,38 @@ def test_starts_from_towers_with_the_mlm_head(tmp_path: Path) -> None:
     assert model.momentum["albef"].encode_images(tiny.images(1, size=48)).shape == (1, 10, 32)
     with pytest.raises(ValueError, match="mask_token_id is not set"):
         model(tiny.images(2, size=48), *tiny.texts([4, 5]))
+
+
+def test_retrieval_finetuning_starts_from_a_pretraining(tmp_path: Path) -> None:
+    pretraining = build(double=False)
+    data = batch() | {"pixel_values": batch()["pixel_values"].float()}
+    for step in range(3):
+        pretraining(**data, generator=generator(step))
+    pretraining.export(tmp_path)
+    model = AlbefForRetrievalFineTuning.from_pretrained(tmp_path, image_size=48, momentum=0.9).train()
+    assert torch.equal(model.queue.images, pretraining.queue.images)
+    assert torch.equal(model.queue.position, pretraining.queue.position) and model.queue.ids.eq(-100).all()
+    assert int(model.steps) == 0
+    name = "albef.text_model.encoder.layer.3.output.dense.weight"
+    assert torch.equal(model.momentum.state_dict()[name], pretraining.momentum.state_dict()[name])
+    data["pixel_values"] = tiny.images(6, size=48)
+    ids = torch.tensor([5, 5, 6, 6, 7, 7])
+    output = model(**data, image_ids=ids, generator=generator())
+    assert output.contrast.hard_targets[0, :2].tolist() == [0.5, 0.5]
+    assert model.queue.ids.ne(-100).sum() == 6
+    assert model.pretraining_extras() == {}
+    again = model(**data, image_ids=ids, generator=generator())
+    assert again.contrast.hard_targets[0].gt(0).sum() == 4
+    with pytest.raises(ValueError, match="does not fit"):
+        AlbefForRetrievalFineTuning.from_pretrained(tmp_path, queue_size=4)
+
+
+def test_training_checkpoints_keep_the_names_of_the_modules(tmp_path: Path) -> None:
+    """`Trainer` loads them with `load_state_dict`, which knows nothing of transformers' conversions of old names."""
+    model = build(double=False)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert set(saved) == set(model.state_dict()) - set(model.all_tied_weights_keys)
 
 
 @pytest.mark.parametrize(

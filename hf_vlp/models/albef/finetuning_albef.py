@@ -69,7 +69,6 @@ class AlbefForRetrievalFineTuning(AlbefMomentumModel):
     """
 
     _with_ids = True
-    _defaults: ClassVar[dict[str, Any]] = {"queue_size": 65536}
     stages: ClassVar[dict[str, dict[str, bool]]] = {"finetune": {"": True, "momentum": False}}
 
     def __init__(
@@ -85,6 +84,24 @@ class AlbefForRetrievalFineTuning(AlbefMomentumModel):
         self.post_init()
         if not next(self.parameters()).is_meta:
             self.reset_momentum()
+
+    def pretraining_extras(self) -> dict[str, Tensor]:
+        """Nothing: twin and queue are of no use once the task is learnt."""
+        return {}
+
+    def load_extras(self, state: Mapping[str, Tensor]) -> None:
+        """Takes twin and queue of a pretraining, as the original does; its queue knows no image ids.
+
+        Raises:
+            ValueError: the side file is of another model or of other settings.
+        """
+        own = {name: value for name, value in self.state_dict().items() if name.startswith(("momentum.", "queue."))}
+        known = {name: value for name, value in state.items() if name in own}
+        wrong = [name for name, value in known.items() if own[name].shape != value.shape]
+        lacking = sorted(set(own) - set(known) - {"queue.ids"})
+        if wrong or lacking:
+            raise ValueError(f"{EXTRAS_FILE} does not fit: it has {wrong[:3]} and lacks {lacking[:3]}")
+        self.load_state_dict(known, strict=False)
 
     def forward(
         self,

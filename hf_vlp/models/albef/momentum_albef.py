@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.bert.modeling_bert import BertLMPredictionHead
 
-from hf_vlp.models.pretraining import PreTrainingMixin
+from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin
 from hf_vlp.nn.momentum import momentum_twin, update_twin
 from hf_vlp.nn.queue import FeatureQueue
 from hf_vlp.objectives.contrastive import ContrastiveOutput, contrastive_loss
@@ -162,6 +163,57 @@ class AlbefMomentumModel(PreTrainingMixin, AlbefPreTrainedModel):
         wrapped.reset_momentum()
         return wrapped
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "AlbefMomentumModel":
+        """Continues from a checkpoint of this class, or starts from an inference folder.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id. The side file of an exported pretraining gives twin and
+                queue (and to `AlbefForPreTraining` its MLM head and step count) back; a folder without it gets a
+                copy as its twin, a fresh queue and a fresh MLM head.
+            image_size: interpolate the position embeddings to it.
+            kwargs: fields of `MomentumSettings`, and keyword arguments of `PreTrainedModel.from_pretrained`.
+                `dtype` is float32 unless given, as optimisers need full-precision weights.
+        """
+        settings = {key: kwargs.pop(key) for key in list(kwargs) if key in MomentumSettings.__dataclass_fields__}
+        image_size = kwargs.pop("image_size", None)
+        kwargs.setdefault("dtype", torch.float32)
+        config = kwargs.pop("config", None) or AlbefConfig.from_pretrained(pretrained_model_name_or_path)
+        if cls.__name__ in (config.architectures or []):
+            model = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **settings, **kwargs)
+        else:
+            retrieval = AlbefForImageTextRetrieval.from_pretrained(
+                pretrained_model_name_or_path, *args, config=config, **kwargs
+            )
+            extras = Path(pretrained_model_name_or_path) / EXTRAS_FILE
+            state = load_file(extras) if extras.is_file() else {}
+            if "queue.images" in state:
+                settings.setdefault("queue_size", len(state["queue.images"]))
+            model = cls.from_inference_model(retrieval, **settings)
+            if state:
+                model.load_extras(state)
+        if image_size is not None and image_size != model.config.vision_config.image_size:
+            model.set_image_size(image_size)
+        return model
+
+    def pretraining_extras(self) -> dict[str, Tensor]:
+        """What `export` keeps beside the inference model; tensors that are tied to others are not stored twice."""
+        tied = set(self.all_tied_weights_keys)
+        return {name: value for name, value in super().pretraining_extras().items() if name not in tied}
+
+    def load_extras(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `export` kept beside the inference model.
+
+        Raises:
+            ValueError: the side file is of another model or of other settings.
+        """
+        own = self.pretraining_extras()
+        wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
+        lacking = sorted(set(own) - set(state))
+        if wrong or lacking:
+            raise ValueError(f"{EXTRAS_FILE} does not fit: it has {wrong[:3]} and lacks {lacking[:3]}")
+        self.load_state_dict(dict(state), strict=False)
+
     @property
     def albef_model(self) -> Any:
         return self.retrieval.albef
@@ -171,10 +223,6 @@ class AlbefMomentumModel(PreTrainingMixin, AlbefPreTrainedModel):
         self.retrieval.set_image_size(image_size)
         self.config.vision_config.image_size = image_size
         self.momentum["albef"].set_image_size(image_size)
-
-    def train(self, mode: bool = True) -> "AlbefMomentumModel":
-        """As usual; the twin trains with dropout, like the original's."""
-        return super().train(mode)
 
     def current_alpha(self) -> float:
         """Weight of the twin's opinion at this step: 0 at the first one, `alpha` after the warm-up."""
@@ -348,7 +396,6 @@ def prediction_head_ties(prefix: str, embeddings: str) -> dict[str, str]:
 
 __all__ = [
     "AlbefMomentumModel",
-    "BertLMPredictionHead",
     "Contrast",
     "MatchingRows",
     "MomentumSettings",

@@ -8,17 +8,14 @@ and values of an image are projected once a layer.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM
 from transformers.models.bert.modeling_bert import BertLMPredictionHead
 from transformers.utils import ModelOutput
 
-from hf_vlp.models.pretraining import EXTRAS_FILE
 from hf_vlp.objectives.distillation import distillation_loss
 from hf_vlp.objectives.language import MaskedTokens, mask_tokens
 from hf_vlp.objectives.matching import matching_loss
@@ -154,47 +151,6 @@ class AlbefForPreTraining(AlbefMomentumModel):
         model.tie_weights()
         model.reset_momentum()
         return model
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "AlbefForPreTraining":
-        """Continues from a pretraining checkpoint, or from what `export` wrote.
-
-        Args:
-            pretrained_model_name_or_path: folder or Hub id. An exported folder's side file gives MLM head, twin and
-                queue; a retrieval folder without it gets a copy as its twin, a fresh queue and a fresh MLM head.
-            kwargs: fields of `MomentumSettings`, and keyword arguments of `PreTrainedModel.from_pretrained`.
-                `dtype` is float32 unless given, as optimisers need full-precision weights.
-        """
-        settings = {key: kwargs.pop(key) for key in list(kwargs) if key in MomentumSettings.__dataclass_fields__}
-        kwargs.setdefault("dtype", torch.float32)
-        config = kwargs.pop("config", None) or AlbefConfig.from_pretrained(pretrained_model_name_or_path)
-        if cls.__name__ in (config.architectures or []):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **settings, **kwargs)
-        extras = Path(pretrained_model_name_or_path) / EXTRAS_FILE
-        state = load_file(extras) if extras.is_file() else {}
-        if "queue.images" in state:
-            settings.setdefault("queue_size", len(state["queue.images"]))
-        retrieval = AlbefForImageTextRetrieval.from_pretrained(
-            pretrained_model_name_or_path, *args, config=config, **kwargs
-        )
-        model = cls.from_inference_model(retrieval, **settings)
-        if state:
-            model.load_extras(state)
-        return model
-
-    def load_extras(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `export` kept beside the inference model.
-
-        Raises:
-            ValueError: the side file is of another model or of other settings.
-        """
-        own = self.pretraining_extras()
-        wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
-        if wrong or set(own) - set(state):
-            raise ValueError(
-                f"{EXTRAS_FILE} does not fit: {wrong[:3]} of it, {sorted(set(own) - set(state))[:3]} lacking"
-            )
-        self.load_state_dict(dict(state), strict=False)
 
     def _load_head(self, state: Mapping[str, Tensor]) -> None:
         own = {name: value for name, value in state.items() if not name.startswith("decoder.")}
