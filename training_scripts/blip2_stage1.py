@@ -40,6 +40,7 @@ class ModelArguments:
     image_size: int | None = option(None, "Side of the images in pixels, if not the image encoder's own.")
     qformer: str = option("scratch", "Folder or Hub id of the BERT that the Q-Former starts from, or 'scratch'.")
     qformer_size: str = option("tiny", "Size of a Q-Former from scratch; base is BERT-base.", choices=list(SIZES))
+    qformer_dropout: float = option(0.1, "Dropout of a Q-Former from scratch; a short run learns faster without.")
     tokenizer: str | None = option(None, "BERT tokenizer; left out: that of --qformer, or trained on the texts.")
     vocab_size: int = option(8192, "Vocabulary of a trained tokenizer, at most.")
     num_query_tokens: int = option(32, "Queries.")
@@ -76,7 +77,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         )
         model = Blip2ForPreTraining.from_vision_qformer_pretrained(
             model_args.vision_model,
-            qformer_config(model_args.qformer_size) if model_args.qformer == "scratch" else model_args.qformer,
+            qformer_config(model_args.qformer_size, dropout=model_args.qformer_dropout)
+            if model_args.qformer == "scratch"
+            else model_args.qformer,
             tokenizer=tokenizer,
             num_query_tokens=model_args.num_query_tokens,
             cross_attention_frequency=model_args.cross_attention_frequency,

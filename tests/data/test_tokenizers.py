@@ -37,8 +37,10 @@ def test_opt_tokenizer() -> None:
     assert [tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "<pad>", "</s>", "<unk>")] == [0, 1, 2, 3]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 2, 1)
     for text in (*TEXTS[:50], "any bytes: \x00 \n é 中文 🙂"):
-        assert tokenizer.decode(tokenizer(text).input_ids) == text
-    assert len(tokenizer("a red circle").input_ids) == 3
+        start, *ids = tokenizer(text).input_ids
+        assert start == tokenizer.bos_token_id and tokenizer.decode(ids) == text
+    assert tokenizer("a red circle", add_special_tokens=False).input_ids == tokenizer("a red circle").input_ids[1:]
+    assert len(tokenizer("a red circle").input_ids) == 4
     assert len(train_opt_tokenizer(TEXTS, vocab_size=300)) <= 300
     with pytest.raises(ValueError, match="vocab_size=100"):
         train_opt_tokenizer(TEXTS, vocab_size=100)

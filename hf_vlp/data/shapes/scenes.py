@@ -104,7 +104,7 @@ class ShapesConfig:
 
         Args:
             name: `"default"`, or one that is learnable in minutes on a CPU: `"small"`: 48 px, one or two solid objects
-                of two sizes on three backgrounds, three captions in varied words; `"simple"`: 32 px, one or two plain
+                of two sizes on three backgrounds, three captions; `"simple"`: 32 px, one or two plain
                 objects of one size on white, one caption in plain words.
 
         Raises:
@@ -158,6 +158,7 @@ PRESETS: dict[str, ShapesConfig] = {
         sizes=("medium", "large"),
         textures=("solid",),
         details=("relation",),
+        wording="plain",
     ),
     "simple": ShapesConfig(
         image_size=32,
