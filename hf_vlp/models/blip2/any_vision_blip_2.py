@@ -48,7 +48,6 @@ class Blip2AnyVisionForImageTextRetrieval(
     config_class = Blip2AnyVisionConfig
     shipping_class = shipping.Blip2AnyVisionForImageTextRetrieval
     _auto_class = None
-    _no_split_modules = []
 
 
 class Blip2AnyVisionForConditionalGeneration(
@@ -60,7 +59,6 @@ class Blip2AnyVisionForConditionalGeneration(
     config_class = Blip2AnyVisionConfig
     shipping_class = shipping.Blip2AnyVisionForConditionalGeneration
     _auto_class = None
-    _no_split_modules = []
 
 
 __all__ = ["Blip2AnyVisionForConditionalGeneration", "Blip2AnyVisionForImageTextRetrieval"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from os import PathLike
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
+
+from hf_vlp.models.blip2.conversion_blip_2 import from_original, original_weights
 
 SMALLEST_SANE_STD = 1e-6
 
@@ -44,17 +47,28 @@ def _sane_initialisation(config: PreTrainedConfig) -> Iterator[None]:
         vision.initializer_range = stored
 
 
+# Modules of the Q-Former whose parts `qformer.py` calls one by one.
+WALKED_MODULES = {"Blip2QFormerMultiHeadAttention", "Blip2TextEmbeddings"}
+
+
+def drop_walked_modules(model: nn.Module) -> None:
+    """Keeps FSDP from making units of modules whose own `forward` is never called, which would stay sharded."""
+    model._no_split_modules = set(model._no_split_modules or ()) - WALKED_MODULES
+
+
 class Blip2BackboneMixin:
     """What both models share: the frozen tower, its cached outputs, loading that fails loudly, training guards."""
 
     # Parameters whose type matters in training; the language model answers for itself.
     _master_weight_modules: ClassVar[tuple[str, ...]] = ("qformer",)
-    # `Blip2QFormerLayer` and its attention are walked from outside, so FSDP must not shard them as units of their own.
-    _no_split_modules = ["Blip2EncoderLayer", "Blip2VisionEmbeddings"]
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         with _sane_initialisation(config):
             super().__init__(config, *args, **kwargs)
+
+    def post_init(self) -> None:
+        super().post_init()
+        drop_walked_modules(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -75,15 +89,24 @@ class Blip2BackboneMixin:
         """As in transformers, except that weights which the checkpoint lacks are an error.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub id, native or in the original authors' format.
+            pretrained_model_name_or_path: folder or Hub id; also a local folder with a native `config.json` and
+                weights
+                under LAVIS' names, as its authors saved them.
             allow_missing: initialise missing weights at random, as transformers does.
 
         Raises:
             MissingWeightsError: the checkpoint lacks weights; the message names the parts and the keys.
         """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        source = pretrained_model_name_or_path
+        original = original_weights(source) if isinstance(source, str | PathLike) else None
+        if original is not None:
+            # Not by transformers' registry of conversions: it would write LAVIS' names into every folder saved from a
+            # model that was made in memory.
+            kwargs["state_dict"], _ = from_original(original)
+            if kwargs.get("config") is None:
+                kwargs["config"] = cls.config_class.from_pretrained(source)
+            source = None
+        model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
         if missing and not allow_missing:
             raise MissingWeightsError(_missing_message(cls, pretrained_model_name_or_path, missing), missing)

@@ -75,9 +75,12 @@ class Blip2QFormerCaptioner(PreTrainedModel, GenerationMixin):
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
         mask = self._mask(attention_mask, length, query_keys.shape[3])
         states, new = decoding_step(retrieval.qformer, retrieval.embeddings, input_ids, positions, past, mask)
+        logits = self.model.token_logits(states)
+        if use_cache is False:
+            return CausalLMOutputWithPast(logits=logits)
         for index, (key, value) in enumerate(new):
             past_key_values.update(key, value, index)
-        return CausalLMOutputWithPast(logits=self.model.token_logits(states), past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
     @staticmethod
     def _mask(attention_mask: Tensor, length: int, queries: int) -> Tensor | None:

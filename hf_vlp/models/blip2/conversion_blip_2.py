@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -102,6 +103,24 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
         if isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
     return {name.removeprefix("module."): value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+
+
+def original_weights(folder: str | Path) -> dict[str, Tensor] | None:
+    """The weights of a local folder whose tensors have LAVIS' names; None for any other folder, Hub id or none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return None
+    for path in [folder / "model.safetensors", folder / "pytorch_model.bin", *sorted(folder.glob("*.pth"))]:
+        if not path.is_file():
+            continue
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                if not is_original(file.keys()):
+                    continue
+        state = read_original(path)
+        if is_original(state):
+            return state
+    return None
 
 
 def vision_kind(state: Mapping[str, Tensor]) -> str | None:
@@ -517,6 +536,7 @@ __all__ = [
     "is_original",
     "load_native_weights",
     "model_from_original",
+    "original_weights",
     "read_original",
     "save_original",
     "to_original",

@@ -108,6 +108,9 @@ def copies_a_prompt(language_model: PreTrainedModel, options: dict[str, Any]) ->
         option(name)
         for name in ("cache_implementation", "prompt_lookup_num_tokens", "penalty_alpha", "prefill_chunk_size")
     )
+    peft = getattr(language_model, "active_peft_config", None)
+    if peft is not None and peft.is_prompt_learning:
+        return 1
     given = any(options.get(name) is not None for name in ("past_key_values", "assistant_model", "custom_generate"))
     if not plain or given or language_model._is_stateful or language_model.config.is_encoder_decoder:
         return 1
@@ -131,7 +134,8 @@ def read_prompt_once(
     """
     cache = DynamicCache(config=language_model.config)
     inputs: dict[str, Any] = {"inputs_embeds": inputs_embeds[:, :-1], "attention_mask": attention_mask[:, :-1]}
-    if "position_ids" in inspect.signature(language_model.forward).parameters:
+    unwrapped = language_model.get_base_model() if hasattr(language_model, "active_peft_config") else language_model
+    if "position_ids" in inspect.signature(unwrapped.forward).parameters:
         positions = (attention_mask.long().cumsum(dim=-1) - 1).masked_fill(attention_mask == 0, 0)
         inputs["position_ids"] = positions[:, :-1]
     with head_on_rows(language_model, torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)):

@@ -81,7 +81,6 @@ class Blip2AnyVisionForImageTextRetrieval(Blip2ForImageTextRetrieval):
     config_class = Blip2AnyVisionConfig
     config: Blip2AnyVisionConfig
     _auto_class = "AutoModel"
-    _no_split_modules = []
 
     def __init__(self, config: Blip2AnyVisionConfig) -> None:
         # The parent's constructor can build EVA-ViT only; the one above it builds nothing.
@@ -103,7 +102,6 @@ class Blip2AnyVisionForConditionalGeneration(Blip2ForConditionalGeneration):
     config_class = Blip2AnyVisionConfig
     config: Blip2AnyVisionConfig
     _auto_class = "AutoModelForImageTextToText"
-    _no_split_modules = []
 
     def __init__(self, config: Blip2AnyVisionConfig) -> None:
         Blip2PreTrainedModel.__init__(self, config)

@@ -25,7 +25,7 @@ from transformers.models.blip_2.modeling_blip_2 import (
 from transformers.utils import ModelOutput
 
 from hf_vlp.models.blip2.backbone_blip_2 import Blip2BackboneMixin, ImageTokenError, reject_unknown, trains
-from hf_vlp.models.blip2.initialization_blip_2 import text_free_config
+from hf_vlp.models.blip2.initialization_blip_2 import start_from_vision_and_qformer, text_free_config
 from hf_vlp.models.blip2.language_blip_2 import (
     LabelError,
     check_labels,
@@ -367,6 +367,40 @@ class Blip2ForConditionalGeneration(Blip2BackboneMixin, transformers.Blip2ForCon
         model.language_model = language_model
         model.generation_config = copy.deepcopy(language_model.generation_config)
         return model.train(retrieval.training)
+
+    @classmethod
+    def from_vision_qformer_language_pretrained(
+        cls,
+        vision: str | PreTrainedModel | PreTrainedConfig,
+        qformer: str | PreTrainedModel | PreTrainedConfig,
+        language_model: str | PreTrainedModel,
+        processor: Blip2Processor | None = None,
+        *,
+        num_query_tokens: int = 32,
+        cross_attention_frequency: int = 2,
+        image_size: int | None = None,
+        drop_last_layers: int | None = None,
+        **language_model_kwargs: Any,
+    ) -> "Blip2ForConditionalGeneration":
+        """Starts without stage 1: a vision tower, a Q-Former from BERT, a language model (the paper's ablation,
+        figure 5).
+
+        Args:
+            vision, qformer, num_query_tokens, cross_attention_frequency, image_size, drop_last_layers: as for
+                `Blip2ForPreTraining.from_vision_qformer_pretrained`.
+            language_model, processor, language_model_kwargs: as for `from_stage1`.
+        """
+        start = start_from_vision_and_qformer(
+            vision,
+            qformer,
+            num_query_tokens=num_query_tokens,
+            cross_attention_frequency=cross_attention_frequency,
+            image_size=image_size,
+            drop_last_layers=drop_last_layers,
+        )
+        retrieval = load_class(start.config, "retrieval")(start.config)
+        start.load_into(retrieval)
+        return cls.from_stage1(retrieval, language_model, processor, **language_model_kwargs)
 
     def frozen_parts(self) -> dict[str, nn.Module]:
         """As for the tower, and the language model while none of its weights (or adapters) train."""

@@ -16,7 +16,9 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
+from hf_vlp.models.blip2.backbone_blip_2 import drop_walked_modules
 from hf_vlp.models.blip2.captioning_blip_2 import Blip2QFormerCaptioner
+from hf_vlp.models.blip2.conversion_blip_2 import from_original, original_weights
 from hf_vlp.models.blip2.initialization_blip_2 import start_from_vision_and_qformer
 from hf_vlp.models.blip2.processing_blip_2 import add_decoder_token
 from hf_vlp.models.blip2.qformer import (
@@ -147,8 +149,6 @@ class Blip2ForPreTraining(PreTrainingMixin, PreTrainedModel):
     stages: ClassVar[dict[str, dict[str, bool]]] = {
         "stage1": {"": True, "retrieval.vision_model": False, "retrieval.vision_model.post_layernorm": True}
     }
-    # The Q-Former's layers are walked from outside, so FSDP must not shard them as units of their own.
-    _no_split_modules = ["Blip2EncoderLayer", "Blip2VisionEmbeddings"]
 
     def __init__(self, config: PreTrainedConfig, retrieval: PreTrainedModel | None = None, **settings: Any) -> None:
         """
@@ -174,6 +174,10 @@ class Blip2ForPreTraining(PreTrainingMixin, PreTrainedModel):
         self.itg_head = ImageGroundedTextHead(config.qformer_config)
         self.temperature = nn.Parameter(torch.tensor(float(resolved.temperature)))
         self.post_init()
+
+    def post_init(self) -> None:
+        super().post_init()
+        drop_walked_modules(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -225,8 +229,11 @@ class Blip2ForPreTraining(PreTrainingMixin, PreTrainedModel):
         )
         model = cls.from_inference_model(retrieval, **settings)
         extras = Path(pretrained_model_name_or_path) / EXTRAS_FILE
+        original = original_weights(pretrained_model_name_or_path)
         if extras.is_file():
             model.load_extras(load_file(extras))
+        elif original is not None:
+            model.load_extras(from_original(original)[1])
         else:
             logger.warning(
                 f"{pretrained_model_name_or_path} has no {EXTRAS_FILE}: the image-grounded text head starts at "
@@ -341,8 +348,7 @@ class Blip2ForPreTraining(PreTrainingMixin, PreTrainedModel):
         images = project_images(model.qformer, features)
         texts = model.texts(input_ids, attention_mask)
         queries = query_pass(model.qformer, model.query_tokens, images, with_cache="itg" in wants)
-        output = Blip2ForPreTrainingOutput(temperature=self.temperature.detach())
-        terms = []
+        found: dict[str, Tensor] = {"temperature": self.temperature.detach()}
 
         if "itc" in wants or "itm" in wants:
             first = text_pass(model.qformer, model.embeddings, texts, first_only=True)
@@ -354,10 +360,9 @@ class Blip2ForPreTraining(PreTrainingMixin, PreTrainedModel):
                 label_smoothing=self.settings.itc_label_smoothing,
                 gather_keys=self.settings.gather_keys,
             )
-            output.logits_per_image, output.logits_per_text = itc.logits_per_image, itc.logits_per_text
+            found |= {"logits_per_image": itc.logits_per_image, "logits_per_text": itc.logits_per_text}
             if "itc" in wants:
-                output.loss_itc = itc.loss
-                terms.append(itc.loss)
+                found["loss_itc"] = itc.loss
         if "itm" in wants:
             if negative_image_index is None or negative_text_index is None:
                 drawn = hard_negatives(
@@ -365,21 +370,16 @@ class Blip2ForPreTraining(PreTrainingMixin, PreTrainedModel):
                     itc.logits_per_text.detach(),
                     offset=itc.offset,
                     image_ids=image_ids,
-                    gathered_ids=None if image_ids is None else gather(image_ids),
                     generator=generator,
                 )
                 negative_image_index, negative_text_index = drawn.image_index, drawn.text_index
-            output.negative_image_index, output.negative_text_index = negative_image_index, negative_text_index
-            output.itm_logits, output.itm_labels = self.matching(
-                features, images, texts, negative_image_index, negative_text_index
-            )
-            output.loss_itm = matching_loss(output.itm_logits, output.itm_labels)
-            terms.append(output.loss_itm)
+            logits, labels = self.matching(features, images, texts, negative_image_index, negative_text_index)
+            found |= {"itm_logits": logits, "itm_labels": labels, "loss_itm": matching_loss(logits, labels)}
+            found |= {"negative_image_index": negative_image_index, "negative_text_index": negative_text_index}
         if "itg" in wants:
-            output.loss_itg = self.generation_loss(texts, queries.cache)
-            terms.append(output.loss_itg)
-        output.loss = torch.stack([term.float() for term in terms]).sum()
-        return output
+            found["loss_itg"] = self.generation_loss(texts, queries.cache)
+        loss = torch.stack([found[f"loss_{term}"] for term in wants]).sum()
+        return Blip2ForPreTrainingOutput(loss=loss, **found)
 
     def matching(
         self, features: Tensor, images: ImageKeys, texts: PackedTexts, image_index: Tensor, text_index: Tensor
