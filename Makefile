@@ -48,7 +48,7 @@ format: $(STAMP) ## Let ruff fix the style
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## Run the side-by-side benchmarks
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean: ## Remove the virtual environment and outputs
 	rm -rf $(VENV) outputs
