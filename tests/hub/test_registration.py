@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification
+from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, pipeline
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING
 
@@ -17,6 +17,7 @@ from hf_vlp import _registration
 from hf_vlp._registration import LazyEntries
 from hf_vlp.models.auto_classes import classes_of
 from hf_vlp.models.catalog import ARCHITECTURES
+from tests.hub import tiny
 
 OWN = [architecture for architecture in ARCHITECTURES.values() if not architecture.native]
 
@@ -175,3 +176,18 @@ def test_an_import_that_fails_is_reported_again() -> None:
     for _ in range(2):
         with pytest.raises(ModuleNotFoundError, match="no_such_module_of_ours"):
             entries["x"]
+
+
+def test_pipelines_that_other_folders_carry_are_left_alone(tmp_path: Path) -> None:
+    model, processor = tiny.blip2()
+    own = {"impl": "image_to_text.ImageToTextPipeline", "pt": ["AutoModelForImageTextToText"]}
+    model.config.custom_pipelines = {"image-to-text": own}
+    folder = tiny.save((model, processor), tmp_path / "ours")
+    captioner = pipeline("image-to-text", model=folder)
+    assert type(captioner).__module__ == "hf_vlp.pipelines.image_to_text"
+    model.config.custom_pipelines = {"image-to-text": {**own, "impl": "their_file.TheirPipeline"}}
+    folder = tiny.save((model, processor), tmp_path / "theirs")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        pipeline("image-to-text", model=folder)
+    # Other tasks of the folder never needed the flag.
+    assert pipeline("image-text-to-text", model=folder).task == "image-text-to-text"
