@@ -1,9 +1,9 @@
 """`hf-vlp demo`: the whole line on a laptop's CPU, from drawn scenes to a folder that plain transformers loads.
 
-A small EVA-CLIP learns from scratch on pairs of scenes and captions; at the same time a small OPT learns from text
-alone. Then the image encoder is frozen and a Q-Former learns from it (BLIP-2 stage 1), then the language model is
-frozen as well and the Q-Former learns to speak to it (stage 2). Each step is a call of a script of `training_scripts`,
-which the demo prints, so that it can be repeated by hand with other data.
+A small EVA-CLIP learns from scratch on pairs of scenes and captions, and a small OPT from text alone. Then the image
+encoder is frozen and a Q-Former learns from it (BLIP-2 stage 1), then the language model is frozen as well and the
+Q-Former learns to speak to it (stage 2). Each step is a call of a script of `training_scripts/`, which the demo
+prints, so that it can be repeated by hand with other data.
 """
 
 import argparse
@@ -38,7 +38,8 @@ class Step:
         title: what happens, for the terminal and the report.
         script: name in `training_scripts/`.
         max_steps: optimizer steps at full length.
-        arguments: the other arguments of the script. `{out}` stands for the output folder.
+        arguments: the other arguments of the script. `{out}` stands for the output folder, `{scenes}`
+            for the number of training scenes.
     """
 
     folder: str
@@ -49,7 +50,7 @@ class Step:
 
 
 _EVERYWHERE = {"eval_split": "none", "save_strategy": "no", "resume": "never", "logging_steps": 20, "sanity_steps": 1}
-_PAIRS = {"shapes_preset": PRESET, "shapes_size": TRAINING_SCENES}
+_PAIRS = {"shapes_preset": PRESET, "shapes_size": "{scenes}"}
 
 STEPS = (
     Step(
@@ -95,6 +96,11 @@ STEPS = (
 )
 
 
+def scaled(count: int, scale: float, least: int = 100) -> int:
+    """So many scenes or texts of a demo that takes the share `scale` of its steps."""
+    return max(least, round(count * min(1.0, scale)))
+
+
 def command_of(step: Step, output: Path, scale: float, seed: int) -> list[str]:
     """The command line of a step."""
     scripts = resource_folder("training_scripts")
@@ -114,7 +120,7 @@ def command_of(step: Step, output: Path, scale: float, seed: int) -> list[str]:
         str(scripts / f"{step.script}_cpu.yaml"),
     ]
     for name, value in arguments.items():
-        command += [f"--{name}", str(value).format(out=output)]
+        command += [f"--{name}", str(value).format(out=output, scenes=scaled(TRAINING_SCENES, scale))]
     return command
 
 
@@ -123,7 +129,8 @@ class Demo:
 
     Args:
         output: folder of everything that it writes.
-        scale: share of the training steps that are taken; below 1 the models stay worse than they could be.
+        scale: share of the training steps that are taken, and below 1 of the scenes and texts as well; the models then
+            stay worse than they could be.
         seed: of weights, scenes and order.
         say: how it speaks.
     """
@@ -147,16 +154,8 @@ class Demo:
             shutil.rmtree(self.output / step.folder, ignore_errors=True)
         shutil.rmtree(self.output / MODEL_FOLDER, ignore_errors=True)
         self.write_text()
-        clip, language_model, stage1, stage2 = STEPS
-        threads = os.cpu_count() or 1
-        # Two small trainings side by side use the cores better than each with all of them in turn.
-        beside = self.start(language_model, max(1, threads // 2), log=self.output / "language_model.log")
-        self.wait(clip, self.start(clip, max(1, threads - threads // 2)))
-        if beside.poll() is None:
-            self.say(f"[{self.seconds:4.0f} s] waiting for the language model", flush=True)
-        self.wait(language_model, beside)
-        for step in (stage1, stage2):
-            self.wait(step, self.start(step, threads))
+        for step in STEPS:
+            self.train(step)
         shutil.move(self.output / "stage2" / "model", self.output / MODEL_FOLDER)
         self.say(f"\n[{self.seconds:4.0f} s] Evaluation on scenes that were never trained", flush=True)
         findings = self.evaluate()
@@ -169,43 +168,30 @@ class Demo:
         """The language model's text: several sentences on each of many scenes that are in no data set of pairs."""
         from hf_vlp.data.shapes import shapes_texts
 
-        texts = shapes_texts(TEXTS, preset=PRESET, seed=self.seed, sentences=3, all_combinations=True)
+        texts = shapes_texts(
+            scaled(TEXTS, self.scale), preset=PRESET, seed=self.seed, sentences=3, all_combinations=True
+        )
         (self.output / "text.txt").write_text("\n".join(texts) + "\n")
 
-    def start(self, step: Step, threads: int, *, log: Path | None = None) -> subprocess.Popen:
-        """Starts a step as a process of its own, on so many threads."""
-        command = command_of(step, self.output, self.scale, self.seed)
-        where = f" (in the background, output in {log})" if log else ""
-        self.say(f"\n[{self.seconds:4.0f} s] {step.title}{where}", flush=True)
-        self.say("  python " + " ".join(command[1:]), flush=True)
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        if log is None:
-            return subprocess.Popen(command, env=environment)
-        with log.open("w") as file:
-            return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-
-    def wait(self, step: Step, process: subprocess.Popen) -> None:
-        """Until the step has ended.
+    def train(self, step: Step) -> None:
+        """Runs the script of a step as a process of its own, as a user would.
 
         Raises:
             RuntimeError: it failed.
         """
-        try:
-            status = process.wait()
-        except BaseException:
-            process.kill()
-            raise
+        command = command_of(step, self.output, self.scale, self.seed)
+        self.say(f"\n[{self.seconds:4.0f} s] {step.title}", flush=True)
+        self.say("  python " + " ".join(command[1:]), flush=True)
+        status = subprocess.run(command, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"}).returncode
         if status:
-            log = self.output / f"{step.folder}.log"
-            hint = f"; see {log}" if log.is_file() else ""
-            raise RuntimeError(f"{step.title!r} ended with status {status}{hint}")
+            raise RuntimeError(f"{step.title!r} ended with status {status}; what it said stands above")
 
     def evaluate(self) -> dict[str, Any]:
         """Captions and retrieval on scenes of the splits `test` and `heldout`."""
         from hf_vlp.data.shapes import load_shapes
         from hf_vlp.evaluation import evaluate_retrieval, evaluate_shapes_captions, load_model_and_processor
 
-        options = {"size": UNSEEN_SCENES, "seed": self.seed, "preset": PRESET}
+        options = {"size": scaled(UNSEEN_SCENES, self.scale, 40), "seed": self.seed, "preset": PRESET}
         unseen, heldout = (load_shapes(split, **options) for split in ("test", "heldout"))
         captioner, processor = load_model_and_processor(self.output / MODEL_FOLDER, "captioning")
         captions = {
