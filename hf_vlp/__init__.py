@@ -12,7 +12,22 @@ from hf_vlp._registration import register as _register
 __version__ = "0.1.0"
 
 # Public name -> module that defines it.
-_EXPORTS: dict[str, str] = {}
+_EXPORTS: dict[str, str] = {
+    "AlbefForPreTraining": "hf_vlp.models.albef.pretraining_albef",
+    "Blip2ForConditionalGeneration": "hf_vlp.models.blip2.modeling_blip_2",
+    "Blip2ForImageTextRetrieval": "hf_vlp.models.blip2.modeling_blip_2",
+    "Blip2ForPreTraining": "hf_vlp.models.blip2.pretraining_blip_2",
+    "Blip2Processor": "hf_vlp.models.blip2.processing_blip_2",
+    "CLIPForPreTraining": "hf_vlp.models.clip.pretraining_clip",
+    "CLIPModel": "hf_vlp.models.clip.modeling_clip",
+    "CLIPProcessor": "hf_vlp.models.clip.processing_clip",
+    "VLPTrainer": "hf_vlp.training",
+    "VLPTrainingArguments": "hf_vlp.training",
+    "load_pairs": "hf_vlp.data",
+    "load_shapes": "hf_vlp.data",
+    "run_evaluation": "hf_vlp.evaluation",
+    "save_for_hub": "hf_vlp.hub",
+}
 
 __all__ = ["__version__", *_EXPORTS]
 
