@@ -108,6 +108,8 @@ def test_matching_of_any_pairs_equals_one_by_one() -> None:
     for rows in (1, 2, 4, 512):
         close(model.matching_logits(images, index, ids, mask, rows_at_once=rows), wanted)
     close(model.matching_scores(images, index, ids, mask), wanted[:, 1])
+    probabilities = model.matching_probabilities(images, index, ids, mask)
+    torch.testing.assert_close(probabilities, wanted.float().softmax(1)[:, 1])
     assert model.matching_logits(images, index[:0], ids[:0], mask[:0]).shape == (0, 2)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForZeroShotImageClassification, BertTokenizer
+from transformers import AutoModel, AutoModelForZeroShotImageClassification, BertTokenizer, pipeline
 
 from hf_vlp.hub.card import render_card
 from hf_vlp.models.albef.modeling_albef import AlbefForImageTextRetrieval, AlbefModel
@@ -149,3 +149,19 @@ def test_card_shows_a_snippet_that_runs(
     Image.new("RGB", (40, 30), "red").save("photo.png")
     exec(compile(snippets[0], f"card of {name}", "exec"), {})
     assert (tmp_path / "a_cat.png").exists() == (name == "retrieval")
+
+
+@pytest.mark.slow
+def test_pipelines_of_the_package(root: Path) -> None:
+    import hf_vlp  # noqa: F401
+
+    image = Image.new("RGB", (40, 30), "red")
+    match = pipeline("image-text-matching", model=str(root / "retrieval"))(image, text=TEXTS)
+    model = AlbefForImageTextRetrieval.from_pretrained(root / "retrieval").eval()
+    inputs = AlbefProcessor.from_pretrained(root / "base")(
+        images=[image] * 2, text=TEXTS, padding=True, return_tensors="pt"
+    )
+    expected = model(**inputs, matching=True).itm_logits.softmax(-1)[:, 1]
+    assert [row["score"] for row in match] == pytest.approx(expected.tolist(), abs=1e-5)
+    answer = pipeline("image-question-answering", model=str(root / "vqa"))(image, question="two?", max_new_tokens=2)
+    assert isinstance(answer[0]["answer"], str)

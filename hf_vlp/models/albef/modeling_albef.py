@@ -489,6 +489,16 @@ class AlbefForImageTextRetrieval(AlbefPreTrainedModel):
         """Scores (P,) for re-ranking: the logit of "match", as the original ranks. See `matching_logits`."""
         return self.matching_logits(images, image_index, input_ids, attention_mask)[:, 1]
 
+    def matching_probabilities(
+        self,
+        images: ImageEmbeds | Tensor,
+        image_index: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Probabilities (P,) that the texts match their images. See `matching_logits`."""
+        return self.matching_logits(images, image_index, input_ids, attention_mask).float().softmax(dim=-1)[:, 1]
+
     def grounding_maps(
         self,
         pixel_values: Tensor,

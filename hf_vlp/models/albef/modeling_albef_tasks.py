@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import GenerationMixin
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import ModelOutput
 
@@ -173,7 +174,7 @@ class AlbefForVisualReasoning(AlbefPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
 
-class AlbefForQuestionAnswering(AlbefPreTrainedModel):
+class AlbefForQuestionAnswering(AlbefPreTrainedModel, GenerationMixin):
     """Answers a question about an image with a decoder over the fused states of the question, section 5.
 
     Answers are ranked in a closed list, as in the paper, or generated.
@@ -429,12 +430,12 @@ class AlbefForQuestionAnswering(AlbefPreTrainedModel):
         states, mask = self.encode_questions(pixel_values, input_ids, attention_mask)
         start = torch.full((len(states), 1), ids["bos_token_id"], dtype=torch.long, device=states.device)
         generation_kwargs.setdefault("max_new_tokens", 10)
+        generation_kwargs.setdefault("pad_token_id", decoder.pad_token_id)
         return self.decoder.generate(
             input_ids=start,
             attention_mask=torch.ones_like(start),
             encoder_hidden_states=states,
             encoder_attention_mask=mask.long(),
-            pad_token_id=decoder.pad_token_id,
             **ids,
             **generation_kwargs,
         )
