@@ -203,9 +203,7 @@ def _missing_message(cls: type, source: Any, missing: Sequence[str]) -> str:
     parts = sorted({name.split(".")[0] for name in missing})
     shown = ", ".join(missing[:8]) + (f", … ({len(missing)} in all)" if len(missing) > 8 else "")
     advice = "check that it is a whole checkpoint of this class"
-    if issubclass(cls, transformers.Blip2ForConditionalGeneration) and "language_model" in parts:
-        advice = "if it is a stage-1 checkpoint, start stage 2 with Blip2ForConditionalGeneration.from_stage1"
-    elif issubclass(cls, transformers.Blip2ForImageTextRetrieval) and "itm_head" in parts:
+    if issubclass(cls, transformers.Blip2ForImageTextRetrieval) and "itm_head" in parts:
         advice = "stage-2 checkpoints have no retrieval heads; use the stage-1 checkpoint"
     return (
         f"{source} lacks weights of {cls.__name__} in {parts}: {shown}. Training would go on with random ones; "

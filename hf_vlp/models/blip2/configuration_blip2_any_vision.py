@@ -2,9 +2,8 @@
 
 from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, Blip2Config, Blip2QFormerConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers.configuration_utils import SubConfigSpec, strict
 
 
 @strict

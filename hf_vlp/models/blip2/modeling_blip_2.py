@@ -24,7 +24,13 @@ from transformers.models.blip_2.modeling_blip_2 import (
 )
 from transformers.utils import ModelOutput
 
-from hf_vlp.models.blip2.backbone_blip_2 import Blip2BackboneMixin, ImageTokenError, reject_unknown, trains
+from hf_vlp.models.blip2.backbone_blip_2 import (
+    Blip2BackboneMixin,
+    ImageTokenError,
+    MissingWeightsError,
+    reject_unknown,
+    trains,
+)
 from hf_vlp.models.blip2.initialization_blip_2 import start_from_vision_and_qformer, text_free_config
 from hf_vlp.models.blip2.language_blip_2 import (
     LabelError,
@@ -51,6 +57,11 @@ from hf_vlp.models.catalog import load_class
 from hf_vlp.models.retrieval import ImageEmbeds
 from hf_vlp.nn.packing import PackedTexts
 from hf_vlp.objectives.language import language_modeling_loss
+
+# What the class of a stage-1 checkpoint is called.
+STAGE1_ENDINGS = ("ForImageTextRetrieval", "Blip2ForPreTraining")
+# Arguments of `from_pretrained` that say where on the Hub a file is.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
 @dataclass
@@ -305,6 +316,21 @@ class Blip2ForConditionalGeneration(Blip2BackboneMixin, transformers.Blip2ForCon
     # The loss is a mean over the supervised tokens of all ranks; `Trainer` divides it by the accumulation steps.
     accepts_loss_kwargs = False
     _master_weight_modules: ClassVar[tuple[str, ...]] = ("qformer", "language_projection")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As `Blip2BackboneMixin.from_pretrained`; a stage-1 checkpoint is refused before anything is built."""
+        source = pretrained_model_name_or_path
+        if source is not None and kwargs.get("config") is None and not kwargs.get("allow_missing"):
+            hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            found = (PreTrainedConfig.get_config_dict(source, **hub)[0].get("architectures") or [""])[0]
+            if found.endswith(STAGE1_ENDINGS):
+                raise MissingWeightsError(
+                    f"{source} is a stage-1 checkpoint ({found}) and has no language_model; start stage 2 with "
+                    "Blip2ForConditionalGeneration.from_stage1",
+                    ("language_model", "language_projection"),
+                )
+        return super().from_pretrained(source, *model_args, **kwargs)
 
     @classmethod
     def from_stage1(
@@ -635,9 +661,7 @@ def _stage1_model(stage1: str | PathLike[str] | PreTrainedModel) -> PreTrainedMo
         return model
     settings, _ = PreTrainedConfig.get_config_dict(str(stage1))
     found = (settings.get("architectures") or ["no architecture"])[0]
-    if settings.get("model_type") not in ("blip-2", "blip2_any_vision") or not found.endswith(
-        ("ForImageTextRetrieval", "Blip2ForPreTraining")
-    ):
+    if settings.get("model_type") not in ("blip-2", "blip2_any_vision") or not found.endswith(STAGE1_ENDINGS):
         raise ValueError(
             f"{stage1} holds {found} of type {settings.get('model_type')!r}, but stage 2 starts from a stage-1 "
             "checkpoint (Blip2ForImageTextRetrieval, or a checkpoint of Blip2ForPreTraining); train stage 1 first, "
