@@ -57,7 +57,7 @@ STEPS = (
         "clip",
         "CLIP: image and text towers from scratch",
         "clip",
-        1000,
+        600,
         {"model_type": "eva_clip", "image_size": 40, "per_device_train_batch_size": 96, **_PAIRS},
     ),
     Step(

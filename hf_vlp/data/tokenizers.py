@@ -62,7 +62,8 @@ def train_opt_tokenizer(
 ) -> GPT2Tokenizer:
     """A byte-level BPE tokenizer with the special tokens of OPT: </s> (2) begins and ends a text, <pad> is 1.
 
-    As OPT's own, it puts </s> in front of every text and nothing behind it; any string can be encoded and decoded back.
+    As OPT's own, it puts </s> in front of every text and nothing behind it; any string can be encoded and
+    decoded back.
 
     Args:
         texts, vocab_size, max_length, min_frequency: as in `train_bert_tokenizer`; `vocab_size` of at least 260 holds
