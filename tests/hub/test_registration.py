@@ -54,6 +54,7 @@ def test_importing_the_package_imports_next_to_nothing() -> None:
     assert len(report["new"]) <= 12, report["new"]
 
 
+@pytest.mark.slow
 def test_before_or_after_transformers(tmp_path: Path) -> None:
     """Auto classes and pipelines that were imported first, and functions already held, learn of it as well."""
     code = """
