@@ -13,8 +13,8 @@ from hf_vlp.evaluation.gallery import Gallery
 from hf_vlp.evaluation.recall import check_not_nan, top_k
 from hf_vlp.evaluation.runtime import gather_lists, gather_rows
 
-# Similarities of a block of images with all texts (times queries, where an image has several): 256 MiB in float32.
-BLOCK_ELEMENTS = 2**26
+# Similarities of a block of images with all texts (times queries, where an image has several): 64 MiB in float32.
+BLOCK_ELEMENTS = 2**24
 # Blocks are kept for the second pass up to here, 1 GiB: COCO's 5,000 × 25,000 fit. Beyond, they are computed again.
 KEPT_ELEMENTS = 2**28
 

@@ -14,16 +14,25 @@ from hf_vlp.evaluation.runtime import default_device, is_main
 
 @dataclass(frozen=True)
 class Task:
-    """An evaluation: its function, the role of the model that it needs, and one line for `--help`."""
+    """An evaluation: its function, the role of the model that it needs, one line for `--help`, and what loads data."""
 
     function: str
     role: str
     summary: str
+    rows: str = "hf_vlp.data:load_pairs"
 
     def load(self) -> Callable[..., dict[str, Any]]:
         """Imports the function."""
-        module, name = self.function.split(":")
-        return getattr(import_module(module), name)
+        return _imported(self.function)
+
+    def load_rows(self) -> Callable[..., Any]:
+        """Imports the function that turns the name of a data source into rows."""
+        return _imported(self.rows)
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 TASKS: dict[str, Task] = {
@@ -36,6 +45,7 @@ TASKS: dict[str, Task] = {
         "hf_vlp.evaluation.zero_shot:evaluate_zero_shot",
         "retrieval",
         "classification by class names: accuracy, top-5, each class",
+        rows="hf_vlp.evaluation.labelled:load_labelled",
     ),
     "captioning": Task(
         "hf_vlp.evaluation.captioning:evaluate_captioning",
@@ -46,6 +56,7 @@ TASKS: dict[str, Task] = {
         "hf_vlp.evaluation.vqa:evaluate_vqa",
         "vqa",
         "generated answers by VQA accuracy with the official normalisation",
+        rows="hf_vlp.data:load_questions",
     ),
     "shapes-captions": Task(
         "hf_vlp.evaluation.shapes:evaluate_shapes_captions",
@@ -125,8 +136,8 @@ def run_evaluation(
     Args:
         task: a key of `TASKS`.
         model: folder or Hub id of a model that has the task's role.
-        data: whatever `hf_vlp.data.load_pairs` (for VQA `load_questions`) reads: `"shapes"`, a folder, a file, a
-            Hub id.
+        data: whatever `hf_vlp.data.load_pairs` (for VQA `load_questions`, for zero-shot `load_labelled`) reads:
+            `"shapes"`, a folder, a file, a Hub id.
         split: of the data; by default `"test"`.
         batch_size: images at a time.
         device: see `load_model_and_processor`.
@@ -148,11 +159,9 @@ def run_evaluation(
     unknown = sorted(set(task_options_given) - set(accepted))
     if unknown:
         raise ValueError(f"task {task!r} has no option {unknown}; it has {sorted(accepted)}")
-    from hf_vlp.data import load_pairs, load_questions
 
     split = split or "test"
-    load_rows = load_questions if named.role == "vqa" else load_pairs
-    rows = load_rows(str(data), split=split, **(data_options or {}))
+    rows = named.load_rows()(str(data), split=split, **(data_options or {}))
     network, processor = load_model_and_processor(model, named.role, dtype=dtype, device=device)
     started = time.perf_counter()
     result = named.load()(network, processor, rows, batch_size=batch_size, limit=limit, **task_options_given)

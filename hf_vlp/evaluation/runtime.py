@@ -77,11 +77,14 @@ def progress(items: Iterable[T], description: str, *, total: int | None = None, 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`eval()` and inference mode inside; afterwards every submodule is in the mode that it was in before."""
+    """`eval()` and no gradients inside; afterwards every submodule is in the mode that it was in before.
+
+    Not `inference_mode`: what a module caches under it could not be used in training afterwards.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             yield
     finally:
         for module, mode in modes:

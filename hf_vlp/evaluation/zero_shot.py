@@ -11,8 +11,26 @@ from hf_vlp.evaluation.gallery import embed_texts, longest_text, tokenize
 from hf_vlp.evaluation.images import ImageRows, Skipped, column, embed_batches, rows_of
 from hf_vlp.evaluation.recall import ranks_from_scores, recall_at
 from hf_vlp.evaluation.runtime import evaluating, gather_lists, gather_rows, progress, shard
+from hf_vlp.models.clip.prompts_clip import TEMPLATES
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
+
+
+def expand_templates(templates: Sequence[str]) -> list[str]:
+    """Templates, with the name of an ensemble of `hf_vlp.models.clip.prompts_clip` replaced by its members.
+
+    Raises:
+        ValueError: there are none, or one is neither the name of an ensemble nor has a `{}` for the class name.
+    """
+    templates = [templates] if isinstance(templates, str) else templates
+    expanded = [one for template in templates for one in TEMPLATES.get(template, (template,))]
+    wrong = [template for template in expanded if "{}" not in template]
+    if wrong or not expanded:
+        raise ValueError(
+            f"templates need '{{}}' for the class name to go to, or the name of an ensemble ({', '.join(TEMPLATES)}); "
+            f"given: {wrong or 'none'}"
+        )
+    return expanded
 
 
 def class_embeddings(
@@ -27,7 +45,7 @@ def class_embeddings(
 
     Args:
         class_names: C names.
-        templates: with `{}` where the name goes.
+        templates: with `{}` where the name goes, or names of ensembles.
 
     Returns:
         (C, D) float32 on the CPU.
@@ -37,9 +55,7 @@ def class_embeddings(
     """
     if len(set(class_names)) != len(class_names) or not class_names:
         raise ValueError(f"class_names must be different and at least one, not {list(class_names)[:10]}")
-    wrong = [template for template in templates if "{}" not in template]
-    if wrong or not templates:
-        raise ValueError(f"templates need '{{}}' for the class name to go to; {wrong or 'there are none'}")
+    templates = expand_templates(templates)
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
     with evaluating(model):
         tokens = tokenize(processor, prompts, longest_text(model, processor))
@@ -71,7 +87,8 @@ def evaluate_zero_shot(
         processor: of the model.
         rows: `image` and a label: a name, or a number into `class_names`.
         class_names: by default those of the label column's `ClassLabel`, or the different names in it.
-        templates: prompts that are averaged, with `{}` where the name goes.
+        templates: prompts that are averaged, with `{}` where the name goes; or the name of an ensemble: plain, photo,
+            icon.
         label_column: name of the column.
         batch_size: images at a time.
         ks: depths beside the first place.
@@ -92,6 +109,7 @@ def evaluate_zero_shot(
     labels, names = _labels(rows, label_column, class_names)
     if len(names) < 2:
         raise ValueError(f"{len(names)} class: classification needs at least two; give class_names")
+    templates = expand_templates(templates)
     classes = class_embeddings(model, processor, names, templates)
 
     with evaluating(model):

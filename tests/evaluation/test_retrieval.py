@@ -67,7 +67,7 @@ def worlds(draw: st.DrawFn) -> dict:
         "batch_size": draw(st.integers(1, 4)),
         "pair_batch_size": draw(st.sampled_from([1, 3, 100])),
         "text_batch_size": draw(st.sampled_from([1, 5])),
-        "block": draw(st.sampled_from([1, 40, 2**26])),
+        "block": draw(st.sampled_from([1, 40, 2**24])),
     }
 
 
@@ -285,6 +285,18 @@ def test_the_model_is_left_as_it_was():
     model.train()
     evaluate_retrieval(model, FakeProcessor(), rows_for([0, 1]), show_progress=False)
     assert model.training
+
+
+def test_images_decoded_by_workers():
+    similarity = torch.rand(5, 5)
+    rows = rows_for([0, 1, 2, 3, 4])
+    rows[3]["image"] = {"bytes": b"x", "path": None}
+    options = {"max_bad_rate": 0.5, "batch_size": 2, "details": True, "show_progress": False}
+    results = [
+        evaluate_retrieval(FakeRetrievalModel(similarity), FakeProcessor(), rows, workers=workers, **options)
+        for workers in (0, 2)
+    ]
+    assert results[0] == results[1]
 
 
 def test_limit_and_streams():

@@ -4,6 +4,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 
 from hf_vlp.evaluation import evaluate_zero_shot
 from hf_vlp.evaluation.zero_shot import class_embeddings
+from hf_vlp.models.clip.prompts_clip import PHOTO_TEMPLATES
 from tests.evaluation.fakes import FakeProcessor, FakeRetrievalModel, numbered_image
 from tests.tiny import blip2
 
@@ -73,9 +74,12 @@ def test_templates_are_averaged_as_unit_vectors():
     expected = each.mean(dim=1)
     expected = expected / expected.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(found, expected)
-    with pytest.raises(ValueError, match=r"templates need '\{\}'.*a photo"):
+    photo = class_embeddings(model, processor, ["red", "yellow star"], ["photo"])
+    torch.testing.assert_close(photo, class_embeddings(model, processor, ["red", "yellow star"], PHOTO_TEMPLATES))
+    assert not torch.allclose(photo, found)
+    with pytest.raises(ValueError, match=r"templates need '\{\}'.*plain, photo, icon.*a photo"):
         class_embeddings(model, processor, ["red", "blue"], ["a photo"])
-    with pytest.raises(ValueError, match="there are none"):
+    with pytest.raises(ValueError, match="given: none"):
         class_embeddings(model, processor, ["red", "blue"], [])
 
 
