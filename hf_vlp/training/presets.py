@@ -108,7 +108,7 @@ def clip_family_config(
     if model_type == "eva_clip":
         from hf_vlp.models.eva_clip.configuration_eva_clip import EvaCLIPConfig
 
-        # CLIP's rule (`width ** -0.5`): with BERT's fixed 0.02 the layers of a narrow tower hardly say anything at first.
+        # CLIP's rule (`width ** -0.5`): with BERT's fixed 0.02 the layers of a narrow tower hardly say anything.
         vision["initializer_range"] = width**-0.5
         return EvaCLIPConfig(text_config=text, vision_config=vision, projection_dim=joint)
     raise ValueError(f"--model_type may be clip, clip_resnet, eva_clip or align, not {model_type!r}")

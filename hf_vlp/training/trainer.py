@@ -387,14 +387,15 @@ class VLPTrainer(ResumableTrainer):
         self.callback_handler.eval_dataloader = loader
         for batch in loader:
             batch.pop(STREAM_POSITION, None)
-            micro = _MicroBatch.of(batch, 0)
-            rows = micro.rows
+            micro = _MicroBatch.of(batch, 0, shifted=self._loss_shifts_labels)
             self._agree([micro], self.args.device)
             if micro.skip:
                 continue
             with self.compute_loss_context_manager():
                 loss, outputs = self.compute_loss(model, self._prepare_inputs(batch), return_outputs=True)
-            meter.add({"loss": loss.detach().float(), **loss_terms(outputs)}, weight=rows)
+            # The mean of a batch's values over ranks is that of the joined batch, so all ranks weigh it alike.
+            weight = micro.targets * (micro.share if self._loss_is_local else 1.0)
+            meter.add({"loss": loss.detach().float(), **loss_terms(outputs)}, weight=weight)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         return {f"{prefix}_{name}": value for name, value in meter.means(self._gather).items()}
 
@@ -446,8 +447,13 @@ class VLPTrainer(ResumableTrainer):
         )
 
     def finish(self) -> dict[str, float]:
-        """What every script does after training: evaluates, writes `eval_results.json`, exports; gives the metrics."""
+        """What every script does after training: evaluates, exports; gives the metrics.
+
+        Leaves `trainer_state.json` (the log), `eval_results.json` and `model/` in the output folder.
+        """
         metrics: dict[str, float] = {}
+        # The log of the whole run, for whoever draws its curves.
+        self.save_state()
         if self.eval_dataset is not None or self.evaluator is not None:
             metrics = self.evaluate()
             self.log_metrics("eval", metrics)

@@ -12,6 +12,7 @@ from hf_vlp.training import VLPTrainer
 from tests.distributed import run_ranks
 from tests.training import runs
 
+pytestmark = pytest.mark.slow
 # Plain SGD: Adam divides by the gradient's size, which would blow rounding up where a gradient is all but zero.
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 5}
 
@@ -81,18 +82,34 @@ def as_rank() -> None:
     os.environ.setdefault("MASTER_PORT", "29500")
 
 
-def train_rank(kind: str, folder: str, batch_size: int) -> dict:
-    as_rank()
-    trainer = TRAINERS[kind](folder, per_device_train_batch_size=batch_size, **SGD)
+def train_rank(kind: str, folder: str) -> dict:
+    trainer = TRAINERS[kind](folder, per_device_train_batch_size=4, **SGD)
     trainer.train()
     return {"log": trainer.state.log_history, "weights": runs.weights(trainer.model), "seen": trainer._seen_and_bad}
 
 
+def everything(folder: str) -> dict:
+    """All that the tests below look at, in one pair of processes: starting them costs more than the training."""
+    as_rank()
+    results: dict = {kind: train_rank(kind, f"{folder}/{number}") for number, kind in enumerate(TRAINERS)}
+    results["skipping"] = skip_rank(f"{folder}/skip")
+    results["stopping"] = stop_rank(f"{folder}/stop")
+    results["whole"] = resume_rank(f"{folder}/whole", 0)
+    results["broken"] = resume_rank(f"{folder}/broken", 3)
+    results["resumed"] = resume_rank(f"{folder}/broken", 0)
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return run_ranks(everything, 2, str(tmp_path_factory.mktemp("ranks")), timeout=580)
+
+
 @pytest.mark.parametrize("kind", TRAINERS)
-def test_two_ranks_are_one_process(tmp_path: Path, kind: str):
+def test_two_ranks_are_one_process(tmp_path: Path, ranks: list[dict], kind: str):
     one = TRAINERS[kind](tmp_path / "one", per_device_train_batch_size=8, **SGD)
     one.train()
-    first, second = run_ranks(train_rank, 2, kind, str(tmp_path / "two"), 4)
+    first, second = (rank[kind] for rank in ranks)
     for name, value in one.model.state_dict().items():
         assert torch.equal(first["weights"][name], second["weights"][name]), "the ranks agree to the bit"
         torch.testing.assert_close(first["weights"][name], value, atol=2e-6, rtol=2e-5)
@@ -107,7 +124,6 @@ def test_two_ranks_are_one_process(tmp_path: Path, kind: str):
 
 
 def skip_rank(folder: str) -> dict:
-    as_rank()
     # Rank 1 gets the second half of each batch of four: the last batch leaves it without a good record.
     data = runs.rows(12, bad=(10, 11))
     trainer = runs.clip_trainer(
@@ -122,8 +138,8 @@ def skip_rank(folder: str) -> dict:
     return {"skipped": trainer.skipped_batches, "weights": runs.weights(trainer.model), "bad": trainer.record_report()}
 
 
-def test_a_batch_that_one_rank_cannot_use_is_skipped_by_all(tmp_path: Path):
-    first, second = run_ranks(skip_rank, 2, str(tmp_path))
+def test_a_batch_that_one_rank_cannot_use_is_skipped_by_all(ranks: list[dict]):
+    first, second = (rank["skipping"] for rank in ranks)
     assert first["skipped"] == second["skipped"] == 1
     assert first["bad"].seen == second["bad"].seen == 12
     assert first["bad"].bad == {"image_not_an_image": 2}
@@ -131,7 +147,6 @@ def test_a_batch_that_one_rank_cannot_use_is_skipped_by_all(tmp_path: Path):
 
 
 def stop_rank(folder: str) -> str:
-    as_rank()
     # No rank alone sees enough records to judge; the two together do.
     trainer = runs.clip_trainer(
         folder, data=runs.rows(bad=tuple(range(0, 22, 3))), per_device_train_batch_size=4, max_steps=5,
@@ -144,14 +159,13 @@ def stop_rank(folder: str) -> str:
     return "went on"
 
 
-def test_too_many_bad_records_stop_all_ranks_with_the_account_of_all(tmp_path: Path):
-    messages = run_ranks(stop_rank, 2, str(tmp_path))
+def test_too_many_bad_records_stop_all_ranks_with_the_account_of_all(ranks: list[dict]):
+    messages = [rank["stopping"] for rank in ranks]
     assert messages[0] == messages[1]
     assert "of 16 records are bad" in messages[0]
 
 
 def resume_rank(folder: str, steps: int) -> dict:
-    as_rank()
     trainer = runs.stage1_trainer(
         folder, dropout=0.2, per_device_train_batch_size=3, max_steps=6, save_strategy="steps", save_steps=2
     )
@@ -171,10 +185,9 @@ def stop_after(trainer: VLPTrainer, steps: int) -> None:
     trainer.add_callback(Stop())
 
 
-def test_two_ranks_resume_to_the_bit_with_dropout(tmp_path: Path):
-    whole = run_ranks(resume_rank, 2, str(tmp_path / "whole"), 0)
-    broken = run_ranks(resume_rank, 2, str(tmp_path / "broken"), 3)
-    resumed = run_ranks(resume_rank, 2, str(tmp_path / "broken"), 0)
-    assert [part["step"] for part in (whole[0], broken[0], resumed[0])] == [6, 3, 6]
-    assert runs.fingerprint(whole[0]["weights"]) == runs.fingerprint(resumed[0]["weights"])
-    assert runs.fingerprint(whole[0]["weights"]) != runs.fingerprint(broken[0]["weights"])
+def test_two_ranks_resume_to_the_bit_with_dropout(ranks: list[dict]):
+    for rank in ranks:
+        assert [rank[name]["step"] for name in ("whole", "broken", "resumed")] == [6, 3, 6]
+    whole, broken, resumed = (runs.fingerprint(ranks[0][name]["weights"]) for name in ("whole", "broken", "resumed"))
+    assert whole == resumed
+    assert whole != broken
