@@ -46,7 +46,7 @@ _NOT_SETTINGS_TEXT = """
     resume_from_checkpoint local_rank use_cpu accelerator_config torch_empty_cache_steps use_cache
     activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
     deepspeed fsdp fsdp_config parallelism_config grad_cache_chunk_size resume allow_changed_settings sanity
-    sanity_steps sanity_check_step"""
+    sanity_steps sanity_check_step save_frozen"""
 _NOT_SETTINGS = frozenset(_NOT_SETTINGS_TEXT.split())
 
 
@@ -115,6 +115,11 @@ class VLPTrainingArguments(TrainingArguments):
     logging_first_step: bool = option(True, "Log the first step as well.")
     logging_nan_inf_filter: bool = option(False, "Hide non-finite losses from the log; leave it off.")
     save_steps: float = option(500, "Steps between checkpoints; below 1, a share of all steps.")
+    save_frozen: bool = option(
+        True,
+        "Keep the frozen weights in checkpoints too. Without them a checkpoint is small, and resuming loads them from "
+        "where the run started and checks that they are the same.",
+    )
     save_total_limit: int | None = option(2, "Checkpoints kept; the oldest are removed.")
     report_to: None | str | list[str] = option("none", "Trackers: tensorboard, trackio, wandb, none or all.")
     remove_unused_columns: bool = option(False, "Leave this off: the collator picks the columns it needs.")
@@ -126,8 +131,8 @@ _COMMON_TEXT = """
     weight_decay adam_beta1 adam_beta2 lr_scheduler_type warmup_steps optim max_grad_norm gradient_accumulation_steps
     grad_cache_chunk_size bf16 fp16 activation_checkpointing torch_compile seed data_seed full_determinism use_cpu
     dataloader_num_workers dataloader_drop_last eval_strategy eval_steps per_device_eval_batch_size logging_steps
-    report_to run_name save_strategy save_steps save_total_limit resume allow_changed_settings sanity sanity_steps
-    sanity_check_step sync_batchnorm push_to_hub hub_model_id"""
+    report_to run_name save_strategy save_steps save_frozen save_total_limit resume allow_changed_settings sanity
+    sanity_steps sanity_check_step sync_batchnorm push_to_hub hub_model_id"""
 COMMON_TRAINING_OPTIONS = frozenset(_COMMON_TEXT.split())
 
 

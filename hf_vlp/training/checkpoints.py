@@ -289,6 +289,13 @@ def write_json(path: Path, value: Any) -> None:
     _write_text(path, json.dumps(_plain(value), indent=1))
 
 
+def tensor_hash(value: Tensor) -> str:
+    """Equal for tensors of the same type, shape and bits."""
+    digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
+    digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 # Small things
 
 

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
 STATE_FILE = "trainer_state.json"
+FROZEN_FILE = "frozen_weights.json"
 
 
 class ResumableTrainer(Trainer):
@@ -40,6 +41,9 @@ class ResumableTrainer(Trainer):
     _seen_and_bad: list[int]
     _stream_position: dict[str, Any] | None
     _resumed_from: Path | None
+    # Hashes of the frozen weights, once they are asked for; names of those that the loaded checkpoint left out.
+    _frozen: dict[str, str] | None = None
+    _left_out: frozenset[str] | set[str] = frozenset()
 
     def _summarise_records(self) -> None:
         raise NotImplementedError
@@ -88,8 +92,6 @@ class ResumableTrainer(Trainer):
             checkpoints.publish(writing, final)
             checkpoints.rotate(run_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
 
     def _store_callback_states(self) -> None:
         for callback in [*self.callback_handler.callbacks, self.control]:
@@ -130,12 +132,39 @@ class ResumableTrainer(Trainer):
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(
-            folder, state_dict=state_dict
-        )
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if state_dict is None and not self.args.save_frozen:
+            frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+            state_dict = {name: value for name, value in model.state_dict().items() if name not in frozen}
+            checkpoints.write_json(folder / FROZEN_FILE, self._frozen_weights())
+        model.save_pretrained(folder, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         checkpoints.write_json(folder / "training_args.json", self.args.to_sanitized_dict())
+
+    def _frozen_weights(self) -> dict[str, str]:
+        """Hash of each frozen parameter; they do not change, so they are hashed once."""
+        if self._frozen is None:
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            self._frozen = {
+                name: checkpoints.tensor_hash(parameter)
+                for name, parameter in model.named_parameters()
+                if not parameter.requires_grad
+            }
+        return self._frozen
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        path = Path(resume_from_checkpoint) / FROZEN_FILE
+        self._left_out = set(json.loads(path.read_text())) if path.is_file() else set()
+        if self._left_out:
+            changes = checkpoints.changed_settings(json.loads(path.read_text()), self._frozen_weights())
+            if changes:
+                raise ValueError(
+                    f"{resume_from_checkpoint} was written without the frozen weights (--save_frozen false), and "
+                    f"those loaded now are others: {len(changes)} differ, e.g. {changes[0].split(':')[0]!r}. Start from the "
+                    "same image encoder and language model"
+                )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _is_plain(self) -> bool:
         """Whether this process holds whole weights and optimizer states (one process or DDP)."""
@@ -171,8 +200,8 @@ class ResumableTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Raises where the parent warns: a checkpoint that does not fit the model must not be trained on."""
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
-        missing = [name for name in load_result.missing_keys if name not in tied]
+        expected = self._left_out | set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        missing = [name for name in load_result.missing_keys if name not in expected]
         if missing or load_result.unexpected_keys:
             raise ValueError(
                 f"the checkpoint does not fit {type(self.model).__name__}: missing {missing[:5]}, unexpected "

@@ -35,6 +35,8 @@ from hf_vlp.training.arguments import VLPTrainingArguments
 from hf_vlp.training.batching import STREAM_POSITION, data_loader
 from hf_vlp.training.exporting import export_model
 from hf_vlp.training.freezing import keep_frozen_in_eval
+from hf_vlp.training.launch import say
+from hf_vlp.training.lora import lora_layers
 from hf_vlp.training.optimization import check_master_weights, parameter_groups, parse_rates
 from hf_vlp.training.resuming import ResumableTrainer
 from hf_vlp.training.sanity import SanityPass, chance_levels_of, check_batch
@@ -423,11 +425,28 @@ class VLPTrainer(ResumableTrainer):
             The folder.
         """
         folder = Path(folder or Path(self.args.output_dir) / "model")
+        model = self._whole_model()
         if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             export_model(model, self.processing_class, folder, card or self._card(metrics or {}))
         self.accelerator.wait_for_everyone()
         return folder
+
+    def _whole_model(self) -> nn.Module:
+        """The model with all its weights on this process; under FSDP and ZeRO put together on the CPU."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self._is_plain():
+            return model
+        if lora_layers(model):
+            raise ValueError(
+                "adapters cannot be merged while the weights are sharded: go on from the last checkpoint in one "
+                "process (--allow_changed_settings), which exports at once"
+            )
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        if not self.args.should_save:
+            return model
+        whole = type(model)(model.config)
+        whole.load_state_dict(state)
+        return whole
 
     def _card(self, metrics: Mapping[str, float]) -> Any:
         from hf_vlp.hub import CardData, Metric, recipe_of
@@ -447,7 +466,7 @@ class VLPTrainer(ResumableTrainer):
         )
 
     def finish(self) -> dict[str, float]:
-        """What every script does after training: evaluates, exports; gives the metrics.
+        """What every script does after training: evaluates, exports, pushes if asked to; gives the metrics.
 
         Leaves `trainer_state.json` (the log), `eval_results.json` and `model/` in the output folder.
         """
@@ -459,8 +478,12 @@ class VLPTrainer(ResumableTrainer):
             self.log_metrics("eval", metrics)
             self.save_metrics("eval", metrics, combined=False)
         folder = self.export(metrics=metrics)
-        if self.args.process_index == 0:
-            print(f"The model is in {folder}")
+        say(f"The model is in {folder}")
+        if self.args.push_to_hub and self.args.process_index == 0:
+            from hf_vlp.hub import push
+
+            name = self.args.hub_model_id or folder.resolve().parent.name
+            say(f"Pushed: {push(folder, name, private=self.args.hub_private_repo, token=self.args.hub_token)}")
         return metrics
 
 

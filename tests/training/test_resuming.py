@@ -188,3 +188,22 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     best = tmp_path / f"checkpoint-{trainer.state.best_global_step}"
     assert trainer.state.best_model_checkpoint == str(best)
     assert best.is_dir()
+
+
+def test_checkpoints_without_the_frozen_weights(tmp_path):
+    whole = runs.stage2_trainer(tmp_path / "whole", lora_r=2, **SAVING)
+    whole.train()
+    small = runs.stage2_trainer(tmp_path / "small", lora_r=2, save_frozen=False, **SAVING)
+    small.train()
+    sizes = [(tmp_path / name / "checkpoint-2" / "model.safetensors").stat().st_size for name in ("whole", "small")]
+    assert sizes[1] < 0.7 * sizes[0]
+    shutil.rmtree(tmp_path / "small" / "checkpoint-4")
+    resumed = runs.stage2_trainer(tmp_path / "small", lora_r=2, save_frozen=False, **SAVING)
+    resumed.train()
+    assert runs.fingerprint(runs.weights(resumed.model)) == runs.fingerprint(runs.weights(whole.model))
+
+    shutil.rmtree(tmp_path / "small" / "checkpoint-4")
+    other = runs.stage2_trainer(tmp_path / "small", lora_r=2, save_frozen=False, **SAVING)
+    other.model.language_model.model.decoder.layers[0].fc1.weight.data[0, 0] += 1e-3
+    with pytest.raises(ValueError, match="those loaded now are others: 1 differ.*fc1.weight"):
+        other.train()

@@ -268,3 +268,26 @@ def test_tensorboard_gets_the_terms(tmp_path):
     (events,) = tmp_path.rglob("events.out*")
     read = EventAccumulator(str(events.parent)).Reload()
     assert {"train/loss_itc", "train/loss_itm", "train/loss_itg"} <= set(read.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_bfloat16_autocast_keeps_float32_weights(tmp_path, chunk):
+    exact = runs.clip_trainer(tmp_path / "32", optim="sgd", max_steps=2)
+    mixed = runs.clip_trainer(tmp_path / "16", optim="sgd", max_steps=2, bf16=True, grad_cache_chunk_size=chunk)
+    exact.train()
+    mixed.train()
+    assert {parameter.dtype for parameter in mixed.model.parameters()} == {torch.float32}
+    assert runs.losses(mixed) != runs.losses(exact), "nothing was computed in 16 bits"
+    assert runs.losses(mixed) == pytest.approx(runs.losses(exact), rel=0.05)
+
+
+def test_pushing_at_the_end(tmp_path, monkeypatch):
+    from hf_vlp.hub import pushing
+
+    trainer = runs.clip_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.args.push_to_hub, trainer.args.hub_model_id = True, "org/name"
+    pushed = []
+    monkeypatch.setattr(pushing, "push", lambda folder, name, **options: pushed.append((folder, name)) or "address")
+    trainer.finish()
+    assert pushed == [(tmp_path / "model", "org/name")]

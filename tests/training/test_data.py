@@ -1,0 +1,47 @@
+import pytest
+
+from hf_vlp.data import PairDataset, PairIterableDataset
+from hf_vlp.training import DataArguments
+from hf_vlp.training.data import pair_dataset, texts_of_rows
+from tests.training import runs
+
+
+def test_shapes_by_default():
+    data = DataArguments(shapes_size=7, shapes_preset="simple", max_eval_samples=3)
+    rows = data.train_rows(seed=1)
+    assert len(rows) == 7
+    assert len(data.eval_rows()) == 3
+    assert DataArguments(eval_split="none").eval_rows() is None
+    assert rows[0]["text"] == data.train_rows(seed=1)[0]["text"]
+
+
+def test_fewer_rows_on_request():
+    assert len(DataArguments(shapes_size=9, max_train_samples=4).train_rows()) == 4
+    stream = DataArguments(shapes_size=9, max_train_samples=4, streaming=True).train_rows()
+    assert len(list(stream)) == 4
+
+
+def test_records_of_a_table_and_of_a_stream():
+    assert isinstance(pair_dataset(runs.rows(3), seed=0), PairDataset)
+    stream = DataArguments(shapes_size=5, streaming=True).train_rows()
+    records = pair_dataset(stream, seed=0)
+    assert isinstance(records, PairIterableDataset)
+    assert len(list(records)) == 5
+
+
+@pytest.mark.parametrize(("option", "augments"), [({}, False), ({"crop_scale": 0.5}, True), ({"flip": 0.5}, True), ({"color_jitter": 0.1}, True)])  # fmt: skip  # noqa: E501
+def test_augmentation_only_where_asked_for(option, augments):
+    data = DataArguments(**option)
+    assert data.augments is augments
+    assert (data.transform(32) is not None) is augments
+
+
+def test_limits_reach_the_collator():
+    limits = DataArguments(max_pixels=100, max_bad_rate=0.5).limits
+    assert (limits.max_pixels, limits.max_bad_rate) == (100, 0.5)
+
+
+def test_texts_for_a_tokenizer():
+    texts = list(texts_of_rows([{"text": ["a", None, "b"]}, {"text": "c"}, {"text": None}]))
+    assert texts == ["a", "b", "c"]
+    assert list(texts_of_rows([{"text": "a"}] * 5, limit=2)) == ["a", "a"]
