@@ -206,8 +206,9 @@ def test_learns_a_few_captions_by_heart(kind: str) -> None:
     model.eval()
     learnt = model(**batch).loss.item()
     shuffled = model(**{**batch, "pixel_values": batch["pixel_values"].roll(1, dims=0)}).loss.item()
-    assert learnt < 0.2
-    assert shuffled > 1.0
+    # By the texts alone it could come to ln 4 a caption, 0.1 a token.
+    assert learnt < 0.1
+    assert shuffled > 3 * learnt
 
 
 def test_low_rank_adapters_on_the_language_model(tmp_path: Path) -> None:

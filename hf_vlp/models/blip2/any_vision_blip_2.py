@@ -27,6 +27,7 @@ class AnyVisionMixin:
         return {"vision_model.tower": self.vision_model.tower}
 
     def tower_states(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        self._check_image_size(pixel_values, interpolate_pos_encoding)
         frozen = not trains(self.vision_model.tower)
         with torch.no_grad() if frozen else nullcontext():
             return self.vision_model.states(pixel_values, interpolate_pos_encoding)

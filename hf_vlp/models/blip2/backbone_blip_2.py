@@ -140,17 +140,20 @@ class Blip2BackboneMixin:
             (B, 1 + patches, vision hidden). Without autograd if the tower is frozen.
         """
         tower = self.vision_model
-        size = tower.config.image_size
+        self._check_image_size(pixel_values, interpolate_pos_encoding)
+        frozen = not any(map(trains, self.tower_parts().values()))
+        with torch.no_grad() if frozen else nullcontext():
+            states = tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+            return tower.encoder(inputs_embeds=states).last_hidden_state
+
+    def _check_image_size(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> None:
+        size = self.vision_model.config.image_size
         size = (size, size) if isinstance(size, int) else tuple(size)
         if tuple(pixel_values.shape[-2:]) != size and not interpolate_pos_encoding:
             raise ValueError(
                 f"pixel_values are {tuple(pixel_values.shape[-2:])} pixels, the vision tower was made for {size}: "
                 "resize the images with the model's processor, or pass interpolate_pos_encoding=True"
             )
-        frozen = not any(map(trains, self.tower_parts().values()))
-        with torch.no_grad() if frozen else nullcontext():
-            states = tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-            return tower.encoder(inputs_embeds=states).last_hidden_state
 
     def image_features(
         self,

@@ -41,12 +41,15 @@ class Blip2AnyVisionConfig(Blip2Config):
     vision_layer_norm_eps: float = 1e-5
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        if getattr(self.vision_config, "hidden_size", None) is None:
+        try:
+            super().__post_init__(**kwargs)
+        except AttributeError as error:
+            if "hidden_size" not in str(error):
+                raise
             raise ValueError(
                 f"a vision tower of type {self.vision_config.model_type!r} does not say its `hidden_size`, which the "
                 "Q-Former must know"
-            )
+            ) from error
 
 
 __all__ = ["Blip2AnyVisionConfig"]

@@ -120,7 +120,7 @@ def load_vision_tower(
     depth = config.num_hidden_layers
     if drop_last_layers >= depth:
         raise ValueError(f"cannot drop {drop_last_layers} of {depth} vision layers")
-    config.num_hidden_layers -= drop_last_layers
+    config = _of_depth(config, depth - drop_last_layers)
     if tower is None:
         return config, state
     stack = next(
@@ -134,6 +134,13 @@ def load_vision_tower(
     if config.model_type == NATIVE_TOWER:
         gone.append("post_layernorm.")
     return config, {name: value for name, value in state.items() if not name.startswith(tuple(gone))}
+
+
+def _of_depth(config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
+    """The config with fewer layers, and without the names of layers that it may have listed."""
+    listed = ("out_features", "out_indices", "_out_features", "_out_indices", "stage_names")
+    settings = {name: value for name, value in config.to_dict().items() if name not in listed}
+    return type(config)(**{**settings, "num_hidden_layers": depth})
 
 
 def is_hierarchical(config: PreTrainedConfig) -> bool:

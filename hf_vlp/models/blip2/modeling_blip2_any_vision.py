@@ -4,6 +4,7 @@ The Q-Former, the language model and the way from one to the other are transform
 is another. This file travels with the checkpoints, and needs nothing but transformers.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -49,7 +50,9 @@ class Blip2AnyVisionTower(nn.Module):
 
     def states(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """(B, 3, H, W) images to (B, tokens, hidden) states, before the trained LayerNorm."""
-        arguments = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
+        # Some towers take any size as it comes.
+        knows = "interpolate_pos_encoding" in inspect.signature(self.tower.forward).parameters
+        arguments = {"interpolate_pos_encoding": True} if interpolate_pos_encoding and knows else {}
         pixel_values = pixel_values.to(next(self.tower.parameters()).dtype)
         if self.vision_output == "last_hidden_state":
             return self.tower(pixel_values, **arguments).last_hidden_state
