@@ -161,8 +161,8 @@ class ResumableTrainer(Trainer):
             if changes:
                 raise ValueError(
                     f"{resume_from_checkpoint} was written without the frozen weights (--save_frozen false), and "
-                    f"those loaded now are others: {len(changes)} differ, e.g. {changes[0].split(':')[0]!r}. Start from the "
-                    "same image encoder and language model"
+                    f"those loaded now are others: {len(changes)} differ, e.g. {changes[0].split(':')[0]!r}. Start "
+                    "from the same image encoder and language model"
                 )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
