@@ -17,7 +17,7 @@ def test_table_of_architectures_is_current():
     assert between[1].strip() == markdown_table(), "put the output of markdown_table() between the markers"
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\((?!http)([\w./-]+)\)", README))))
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http)([\w./-]+)\)", README))))
 def test_linked_files_exist(path: str):
     assert (ROOT / path).exists()
 

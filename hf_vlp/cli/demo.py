@@ -20,7 +20,7 @@ from typing import Any
 
 from hf_vlp.resources import resource_folder
 
-PRESET = "small"
+PRESET = "simple"
 MODEL_FOLDER = "blip2-opt-shapes"
 TRAINING_SCENES = 20_000
 TEXTS = 20_000
@@ -64,7 +64,7 @@ STEPS = (
         "language_model",
         "A language model on text alone",
         "language_model",
-        500,
+        400,
         {"text_file": "{out}/text.txt", "per_device_train_batch_size": 64},
     ),
     Step(
@@ -85,7 +85,7 @@ STEPS = (
         "stage2",
         "BLIP-2 stage 2: the Q-Former before the frozen language model",
         "blip2_stage2",
-        400,
+        700,
         {
             "stage1": "{out}/stage1/model",
             "language_model": "{out}/language_model/model",

@@ -163,7 +163,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             paper="2107.07651",
             native=False,
             objectives=("ITC", "ITM", "MLM"),
-            script={"pretrain": "albef.py"},
+            script={},
             classes={
                 "config": f"{_ALBEF}.configuration_albef:AlbefConfig",
                 "model": f"{_ALBEF}.modeling_albef:AlbefModel",

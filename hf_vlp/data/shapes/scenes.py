@@ -103,9 +103,8 @@ class ShapesConfig:
         """The named settings, with `options` in place of single fields.
 
         Args:
-            name: `"default"`, or one that is learnable in minutes on a CPU: `"small"` (40 px) or `"simple"` (32 px),
-                one or two plain objects of one size on white, in plain words. `"small"` names them in any order,
-                twice; `"simple"` row by row, once.
+            name: `"default"`, or `"simple"`: 40 px, one or two plain objects of one size on white, one caption in
+                plain words that names them row by row; learnable in minutes on a CPU.
 
         Raises:
             ValueError: unknown preset.
@@ -151,19 +150,8 @@ class ShapesConfig:
 
 PRESETS: dict[str, ShapesConfig] = {
     "default": ShapesConfig(),
-    "small": ShapesConfig(
-        image_size=40,
-        grid=2,
-        max_objects=2,
-        sizes=("large",),
-        textures=("solid",),
-        backgrounds=("white",),
-        details=(),
-        wording="plain",
-        captions=2,
-    ),
     "simple": ShapesConfig(
-        image_size=32,
+        image_size=40,
         grid=2,
         max_objects=2,
         sizes=("large",),
