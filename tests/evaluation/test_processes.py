@@ -81,7 +81,7 @@ def all_models() -> dict:
 @pytest.mark.parametrize(("processes", "function"), [(2, all_models), (3, everything)])
 def test_processes_agree_with_one(processes: int, function: Callable[[], dict]):
     alone = function()
-    together = run_ranks(function, processes)
+    together = run_ranks(function, processes, timeout=300)
     encoded = [image for result in together for image in result.pop("encoded")]
     assert sorted(encoded) == sorted(alone.pop("encoded"))
     for result in together:
