@@ -404,7 +404,7 @@ def test_language_model_by_name_and_without_stage_1(tmp_path: Path) -> None:
     assert bare(**training_batch("llama")).loss.isfinite()
 
 
-def test_room_is_made_for_the_image_token() -> None:
+def test_room_is_made_for_the_image_token(tmp_path: Path) -> None:
     language = language_model("llama", vocab_size=300)
     before = language.get_input_embeddings().weight.clone()
     processor = generation_processor("llama")
@@ -414,10 +414,16 @@ def test_room_is_made_for_the_image_token() -> None:
     assert len(weight) == processor.image_token_id + 1
     assert torch.equal(weight[:300], before)
     assert model.generation_config.suppress_tokens == [processor.image_token_id]
+    # Plain transformers does not read that list, but the new row's logit is the mean of all, and so never the largest.
+    inputs = processor(images(), return_tensors="pt")
+    logits = model(**inputs).logits
+    torch.testing.assert_close(logits[..., 300], logits[..., :300].mean(dim=-1), rtol=1e-3, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    model = Blip2ForConditionalGeneration.from_pretrained(tmp_path)
     with torch.no_grad():
         # Even where the untrained row would win.
         model.language_model.lm_head.weight[processor.image_token_id] = 100 * model.language_model.lm_head.weight[7]
-    ids = model.generate(**processor(images(), return_tensors="pt"), max_new_tokens=8, num_beams=2)
+    ids = model.generate(**inputs, max_new_tokens=8, num_beams=2)
     assert not (ids[:, QUERIES + 1 :] == processor.image_token_id).any()
 
 

@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, Blip2VisionConf
 from hf_vlp.models.blip2.backbone_blip_2 import MissingWeightsError
 from hf_vlp.models.blip2.initialization_blip_2 import load_vision_tower, qformer_from_bert, resize_positions
 from hf_vlp.models.blip2.pretraining_blip_2 import Blip2ForPreTraining
+from hf_vlp.models.eva_clip.modeling_eva_clip import EvaCLIPModel
 from hf_vlp.models.pretraining import EXTRAS_FILE
 from hf_vlp.objectives.matching import NoNegativesError
 from tests.distributed import run_ranks
@@ -30,6 +31,7 @@ from tests.tiny.blip2 import (
     text_batch,
     vision_config,
 )
+from tests.tiny.clip import eva_clip_config
 
 DEC_AND_SEP = {"eos_token_id": 3}
 
@@ -316,6 +318,23 @@ def test_towers_are_cut_and_resized() -> None:
     small = model.retrieval.eval().tower_states(pixels(size=32))
     cut = Blip2ForPreTraining.from_vision_qformer_pretrained(tower, tiny_bert(), drop_last_layers=1).retrieval.eval()
     torch.testing.assert_close(small, cut.tower_states(pixels(size=32), interpolate_pos_encoding=True))
+
+
+def test_tower_of_an_eva_clip_folder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    eva = EvaCLIPModel(eva_clip_config())
+    eva.save_pretrained(tmp_path)
+    model = Blip2ForPreTraining.from_vision_qformer_pretrained(str(tmp_path), tiny_bert(), num_query_tokens=QUERIES)
+    assert model.config.model_type == "blip-2"
+    tower = model.retrieval.vision_model
+    depth = eva.config.vision_config.num_hidden_layers
+    # The last block has specialised in its own objective; the norm behind it goes with it.
+    assert len(tower.encoder.layers) == depth - 1
+    assert torch.equal(tower.post_layernorm.weight, torch.ones_like(tower.post_layernorm.weight))
+    own = eva.vision_model.state_dict()
+    for name, value in tower.state_dict().items():
+        if not name.startswith("post_layernorm."):
+            assert torch.equal(value, own[name]), name
 
 
 def test_resizing_positions() -> None:

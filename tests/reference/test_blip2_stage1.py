@@ -28,17 +28,20 @@ from tests.reference.cases import Case, NotComputedWarning, reference
 def stage1_model(case: Case, **settings: object) -> Blip2ForPreTraining:
     """The recorded model, as the recording ran it: frozen tower, no dropout."""
     config = case.config
-    model = model_from_original(
+    converted = model_from_original(
         case.weights, vision_heads=config["vision"]["heads"], qformer_heads=config["qformer"]["num_attention_heads"]
     )
     ids = config["token_ids"]["bert"]
+    for ours, theirs in (
+        ("itc_label_smoothing", "label_smoothing_itc"),
+        ("itg_label_smoothing", "label_smoothing_lm"),
+    ):
+        if theirs in config:
+            settings[ours] = config[theirs]
     model = Blip2ForPreTraining.from_inference_model(
-        model.retrieval, decoder_start_token_id=ids["dec(bos)"], eos_token_id=ids["sep"], **settings
+        converted.retrieval, decoder_start_token_id=ids["dec(bos)"], eos_token_id=ids["sep"], **settings
     )
-    extras = model_from_original(
-        case.weights, vision_heads=config["vision"]["heads"], qformer_heads=config["qformer"]["num_attention_heads"]
-    ).pretraining_extras()
-    model.load_extras(extras)
+    model.load_extras(converted.pretraining_extras())
     model.retrieval.vision_model.requires_grad_(False)
     model.retrieval.vision_model.post_layernorm.requires_grad_(True)
     return model.eval()

@@ -60,6 +60,12 @@ def generate(model: Blip2ForConditionalGeneration, image: Tensor, **inputs: Any)
     return tokens, output.get("sequences_scores")
 
 
+def limits(settings: dict[str, Any], new_tokens: int) -> dict[str, int]:
+    """Recorded lengths as numbers of new tokens; the recorded minimum counts the first id, which is not written."""
+    smallest = settings.get("min_length", settings.get("min_len", 1)) - 1
+    return {"max_new_tokens": new_tokens, **({"min_new_tokens": smallest} if smallest > 0 else {})}
+
+
 def compare_ids(case: Case, name: str, tokens: Tensor, stop: int) -> None:
     """Compares ids up to the first stop token, behind which libraries pad as they like."""
     expected = case.outputs[name]
@@ -135,7 +141,7 @@ def test_opt(case: Case) -> None:
         ("generate_beam3", {"num_beams": settings["num_beams"]}, 1.0),
         ("generate_beam3_lp0", {"num_beams": settings["num_beams"], "length_penalty": 0.0}, 0.0),
     ):
-        tokens, scores = generate(model, inputs["image"], input_ids=ids, max_new_tokens=new_tokens, **options)
+        tokens, scores = generate(model, inputs["image"], input_ids=ids, **limits(settings, new_tokens), **options)
         compare_ids(case, f"{name}/ids", torch.cat([case.outputs[f"{name}/ids"][:, :1], tokens], dim=1), stop)
         if scores is not None:
             compare_scores(case, f"{name}/beam_scores", scores, tokens, stop, penalty)
@@ -153,7 +159,7 @@ def test_opt(case: Case) -> None:
         inputs["image"],
         input_ids=ids,
         attention_mask=mask,
-        max_new_tokens=settings["max_len"],
+        **limits(settings, settings["max_len"]),
         num_beams=settings["num_beams"],
         length_penalty=float(settings["length_penalty"]),
     )
@@ -205,7 +211,7 @@ def test_t5(case: Case) -> None:
         ("generate_beam3_lp0", {"num_beams": settings["num_beams"], "length_penalty": 0.0}, 0.0),
     ):
         tokens, scores = generate(
-            model, inputs["image"], input_ids=ids, max_new_tokens=settings["max_length"], **options
+            model, inputs["image"], input_ids=ids, **limits(settings, settings["max_length"]), **options
         )
         compare_ids(case, f"{name}/ids", tokens, stop)
         if scores is not None:
@@ -220,7 +226,7 @@ def test_t5(case: Case) -> None:
         inputs["image"],
         input_ids=torch.cat([prefix, asked["input_ids"]], dim=1),
         attention_mask=torch.cat([torch.ones_like(prefix), asked["attention_mask"]], dim=1),
-        max_new_tokens=settings["max_len"],
+        **limits(settings, settings["max_len"]),
         num_beams=settings["num_beams"],
         length_penalty=float(settings["length_penalty"]),
     )

@@ -58,9 +58,21 @@ def prepare_language_model(language_model: PreTrainedModel, processor: Blip2Proc
         if config.pad_token_id is None:
             config.pad_token_id = processor.tokenizer.pad_token_id
     if processor.image_token_id >= language_model.get_input_embeddings().num_embeddings:
-        language_model.resize_token_embeddings(processor.image_token_id + 1, mean_resizing=False)
+        _make_room(language_model, processor.image_token_id + 1)
         # The new row of the output head is untrained, and must not be written.
         language_model.generation_config.suppress_tokens = [processor.image_token_id]
+
+
+@torch.no_grad()
+def _make_room(language_model: PreTrainedModel, size: int) -> None:
+    """Enlarges the vocabulary; the new rows are the mean of the old ones, so that a new token is never the "
+    "likeliest."""
+    old = language_model.get_input_embeddings().num_embeddings
+    language_model.resize_token_embeddings(size, mean_resizing=False)
+    for module in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
+        module.weight[old:] = module.weight[:old].float().mean(dim=0).to(module.weight.dtype)
+        if getattr(module, "bias", None) is not None:
+            module.bias[old:] = module.bias[:old].mean()
 
 
 def is_decoder_only(config: PreTrainedConfig) -> bool:

@@ -628,6 +628,8 @@ class Blip2ForConditionalGeneration(Blip2BackboneMixin, transformers.Blip2ForCon
         inputs = {"inputs_embeds": self._embed(input_ids, image_mask, soft_prompt), "attention_mask": attention_mask}
         if not self.language_model.config.is_encoder_decoder:
             inputs["input_ids"] = input_ids
+        if generate_kwargs.get("generation_config") is None and self.generation_config.suppress_tokens:
+            generate_kwargs.setdefault("suppress_tokens", self.generation_config.suppress_tokens)
         copies = copies_a_prompt(self.language_model, generate_kwargs)
         if copies > 1:
             inputs["past_key_values"] = read_prompt_once(
