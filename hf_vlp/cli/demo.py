@@ -64,7 +64,7 @@ STEPS = (
         "language_model",
         "A language model on text alone",
         "language_model",
-        400,
+        800,
         {"text_file": "{out}/text.txt", "per_device_train_batch_size": 64},
     ),
     Step(
