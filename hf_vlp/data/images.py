@@ -71,6 +71,21 @@ def decode_image(
     return image
 
 
+def stored_bytes(value: Any, limits: RecordLimits | None = None) -> bytes | None:
+    """The image file of a record as it is stored, whether it lies in the row or at a path; None for a picture in
+    memory (a PIL image or an array). Whether it is a whole image, `decode_image` finds out.
+
+    Args:
+        value, limits: as for `decode_image`.
+
+    Raises:
+        BadRecord: reasons `image_missing`, `image_wrong_type`, `image_too_large`.
+    """
+    if isinstance(value, Image.Image | np.ndarray):
+        return None
+    return _content(value, limits or RecordLimits())
+
+
 def _open(value: Any, limits: RecordLimits) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
