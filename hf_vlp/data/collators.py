@@ -21,7 +21,7 @@ REPORT_KEY = "record_report"
 _NO_LENGTH = 1_000_000
 
 
-class _RecordCollator:
+class RecordCollator:
     """What the collators share: the usable records of a list, and the account of the others.
 
     `collect` is to be called on every batch in the process that trains. Without it the limits hold in each worker
@@ -76,7 +76,7 @@ class _RecordCollator:
         report.add_good(len(kept))
         if kept:
             batch = {name: value for name, value in batch.items() if name in self.keys}
-            if all("image_id" in record for record in kept):
+            if self.gives_image_ids and all("image_id" in record for record in kept):
                 ids = [image_id_hash(record["image_id"]) for record in kept]
                 batch["image_ids"] = torch.tensor(ids, dtype=torch.int64)
             if self.prepare is not None:
@@ -100,23 +100,28 @@ class _RecordCollator:
         return batch
 
     keys: frozenset[str] = frozenset()
+    gives_image_ids = True
 
-    def _encode(self, images: list[Image.Image], texts: list[str]) -> Mapping[str, Any]:
+    def _encode(self, images: list[Any], texts: list[Any]) -> Mapping[str, Any]:
         raise NotImplementedError
 
-    def _read(self, record: Record) -> tuple[Image.Image, str]:
+    def _read(self, record: Record) -> tuple[Any, Any]:
         problem = problem_of(record)
         if problem is not None:
             raise problem
         text = usable_text(record.get("text"))
-        image = decode_image(record.get("image"), self.limits, self.background)
+        return self._picture(record), text
+
+    def _picture(self, record: Record, role: str = "image", seed: int | None = None) -> Image.Image:
+        """The decoded picture of a record, changed by its augmentation."""
+        image = decode_image(record.get(role), self.limits, self.background)
         transform = record.get("transform") or self.transform
         if transform is not None:
-            image = transform(image, record.get("seed", 0))
-        return image, text
+            image = transform(image, record.get("seed", 0) if seed is None else seed)
+        return image
 
     def _process(
-        self, kept: list[Record], images: list[Image.Image], texts: list[str], report: RecordReport
+        self, kept: list[Record], images: list[Any], texts: list[Any], report: RecordReport
     ) -> tuple[Batch, list[Record]]:
         try:
             return dict(self._encode(images, texts)), kept
@@ -143,7 +148,7 @@ class _RecordCollator:
         return dict(encoded), [kept[position] for position in usable]
 
 
-class ImageTextCollator(_RecordCollator):
+class ImageTextCollator(RecordCollator):
     """Pairs for contrastive, matching and captioning objectives of one text encoder.
 
     A batch holds `pixel_values` (B, 3, H, W) float, `input_ids` (B, L) and `attention_mask` (B, L) int64 padded to the
@@ -161,7 +166,7 @@ class ImageTextCollator(_RecordCollator):
     keys = frozenset({"pixel_values", "input_ids", "attention_mask"})
 
     def _encode(self, images: list[Image.Image], texts: list[str]) -> Mapping[str, Any]:
-        longest = self.max_length or _tokenizer_limit(self.processor)
+        longest = self.max_length or tokenizer_limit(self.processor)
         return self.processor(
             images=images,
             text=texts,
@@ -172,7 +177,7 @@ class ImageTextCollator(_RecordCollator):
         )
 
 
-class CaptioningCollator(_RecordCollator):
+class CaptioningCollator(RecordCollator):
     """Pairs for a language model that says the text given the image.
 
     A batch holds what `processor.training_inputs` makes: `pixel_values`, `input_ids` with the image tokens in front,
@@ -208,6 +213,6 @@ def _name(record: Record) -> tuple[str, str]:
     return str(record.get("source", "rows")), str(record.get("key", record.get("index", "?")))
 
 
-def _tokenizer_limit(processor: Any) -> int | None:
+def tokenizer_limit(processor: Any) -> int | None:
     limit = getattr(getattr(processor, "tokenizer", None), "model_max_length", None)
     return limit if limit is not None and limit < _NO_LENGTH else None

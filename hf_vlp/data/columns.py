@@ -2,6 +2,47 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+# What a role's values are, where its name does not say that it is a text.
+KINDS: dict[str, str] = {
+    "image": "image",
+    "image_0": "image",
+    "image_1": "image",
+    "answers": "texts",
+    "weights": "numbers",
+    "label": "label",
+    "turns": "turns",
+    "boxes": "boxes",
+}
+
+
+class Schema(dict[str, tuple[str, ...]]):
+    """Role -> names of columns that are taken for it.
+
+    Args:
+        task: what the rows are for.
+        names: the roles with their names.
+        several_texts: the role `text` is a list of alternative texts rather than one.
+        labels: names of the classes that the role `label` numbers, in order.
+        box_format: how the numbers of a box in the data are meant, `"xyxy"` or `"xywh"`.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        names: Mapping[str, tuple[str, ...]],
+        *,
+        several_texts: bool = False,
+        labels: tuple[str, ...] = (),
+        box_format: str = "xyxy",
+    ) -> None:
+        super().__init__(names)
+        self.task, self.several_texts, self.labels, self.box_format = task, several_texts, labels, box_format
+
+    def kind(self, role: str) -> str:
+        """`"image"`, `"text"`, `"texts"`, `"numbers"`, `"label"`, `"turns"` or `"boxes"`."""
+        return "texts" if role == "text" and self.several_texts else KINDS.get(role, "text")
+
+
 # Schema -> role -> names that are taken for it, first come first taken. A role in REQUIRED must be found.
 _IMAGE = (
     "image",
@@ -38,17 +79,57 @@ _TEXT = (
     "prompt",
 )
 _IMAGE_ID = ("image_id", "imgid", "img_id", "cocoid")
-PAIRS: dict[str, tuple[str, ...]] = {"image": _IMAGE, "text": _TEXT, "image_id": _IMAGE_ID}
-QUESTIONS: dict[str, tuple[str, ...]] = {
-    "image": _IMAGE,
-    "question": ("question", "questions", "query"),
-    "answers": ("answers", "answer", "multiple_choice_answer", "label"),
-    "image_id": _IMAGE_ID,
-    "question_id": ("question_id",),
-    "question_type": ("question_type",),
-    "answer_type": ("answer_type",),
-}
-REQUIRED = frozenset({"image", "text", "question"})
+PAIRS = Schema("pairs", {"image": _IMAGE, "text": _TEXT, "image_id": _IMAGE_ID}, several_texts=True)
+QUESTIONS = Schema(
+    "vqa",
+    {
+        "image": _IMAGE,
+        "question": ("question", "questions", "query"),
+        "answers": ("answers", "answer", "multiple_choice_answer", "label"),
+        "weights": ("weights", "answer_weights"),
+        "image_id": _IMAGE_ID,
+        "question_id": ("question_id",),
+        "question_type": ("question_type",),
+        "answer_type": ("answer_type",),
+    },
+)
+STATEMENTS = Schema(
+    "visual_reasoning",
+    {
+        "image_0": ("image_0", "image0", "img_0", "left_image", "image_left", "left", "jpg_0", "image_1st"),
+        "image_1": ("image_1", "image1", "img_1", "right_image", "image_right", "right", "jpg_1", "image_2nd"),
+        "text": ("text", "sentence", "statement", "caption"),
+        "label": ("label", "answer", "truth"),
+        "sentence_id": ("sentence_id",),
+        "identifier": ("identifier", "uid"),
+    },
+    labels=("false", "true"),
+)
+ENTAILMENT = Schema(
+    "visual_entailment",
+    {
+        "image": (*_IMAGE, "flickr30k_id", "flikr30kid"),
+        "text": ("hypothesis", "sentence2", *_TEXT),
+        "label": ("label", "gold_label"),
+        "image_id": _IMAGE_ID,
+        "pair_id": ("pair_id", "pairid"),
+    },
+    labels=("contradiction", "neutral", "entailment"),
+)
+DIALOGS = Schema(
+    "dialog",
+    {"image": _IMAGE, "caption": ("caption", *_TEXT), "turns": ("turns", "dialog", "dialogue"), "image_id": _IMAGE_ID},
+)
+GROUNDING = Schema(
+    "grounding",
+    {
+        "image": _IMAGE,
+        "text": ("expression", "phrase", "referring_expression", "sent", *_TEXT),
+        "boxes": ("boxes", "bboxes", "box", "bbox"),
+        "image_id": _IMAGE_ID,
+    },
+)
+REQUIRED = frozenset({"image", "image_0", "image_1", "text", "question", "caption", "turns", "boxes"})
 
 
 def choose_columns(
@@ -63,7 +144,7 @@ def choose_columns(
     Args:
         available: the source's columns.
         given: the user's choice for some roles, `{"text": "text_zh"}`.
-        schema: `PAIRS` or `QUESTIONS`.
+        schema: `PAIRS`, `QUESTIONS`, ….
         where: name of the source, for errors.
         image_like: columns whose type says that they hold images, taken if no name does.
 
@@ -87,7 +168,7 @@ def choose_columns(
             continue
         taken = set(chosen.values())
         found = [lower[name] for name in names if name in lower and lower[name] not in taken]
-        if role == "image" and not found:
+        if KINDS.get(role) == "image" and not found:
             found = [name for name in image_like if name not in taken]
         # "json.caption" in a tar is the caption of the record's JSON member.
         found = found or [name for word in names for name in available if name.lower() == f"json.{word}"]
@@ -104,7 +185,7 @@ def _not_found(role: str, available: Sequence[str], where: str) -> str:
         f"{where}: no column looks like the {role}. It has {_listed(available)}. Say which one it is: "
         f'columns={{"{role}": "…"}} (in a script or on the command line: --columns {role}=…)'
     )
-    if role == "image" and lower & {"url", "urls", "image_url", "img_url", "jpg_0"}:
+    if KINDS.get(role) == "image" and lower & {"url", "urls", "image_url", "img_url", "jpg_0"}:
         message += ". The data holds addresses of images, not images: download them first, for instance by img2dataset"
     return message
 

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.exceptions import DatasetNotFoundError
 
-from .columns import PAIRS, QUESTIONS, choose_columns
+from .columns import KINDS, PAIRS, QUESTIONS, Schema, choose_columns
 from .readers import (
     IMAGE_SUFFIXES,
     METADATA_FILES,
@@ -82,7 +83,7 @@ def load_pairs(
             name says; an image root below which there are no images. The message says what there is and what to do.
         TypeError: an unknown option of Shapes, or options of Shapes for another source.
     """
-    return _load(spec, split, PAIRS, streaming, columns, image_root, seed, shapes_options)
+    return load_rows(spec, split, PAIRS, streaming, columns, image_root, seed, shapes_options)
 
 
 def load_questions(
@@ -101,13 +102,13 @@ def load_questions(
     Arguments and errors are those of `load_pairs`; the roles of `columns` are the names above. Shapes has the
     option `questions` (questions a scene, 1 by default) besides its others.
     """
-    return _load(spec, split, QUESTIONS, streaming, columns, image_root, seed, shapes_options)
+    return load_rows(spec, split, QUESTIONS, streaming, columns, image_root, seed, shapes_options)
 
 
-def _load(
+def load_rows(
     spec: str | os.PathLike[str],
     split: str,
-    schema: Mapping[str, Sequence[str]],
+    schema: Schema,
     streaming: bool,
     columns: Mapping[str, str] | None,
     image_root: str | os.PathLike[str] | None,
@@ -118,7 +119,7 @@ def _load(
     name, part = parse_split(split)
     if spec == "shapes" or spec.startswith("shapes:"):
         rows: Rows = _shapes(spec, name, part, schema, streaming, columns, image_root, seed, options)
-        return _part(rows, part)
+        return part_of_rows(rows, part)
     if options:
         raise TypeError(f"{', '.join(sorted(options))}: only Shapes takes such options, not {spec!r}")
     root = None if image_root is None else Path(image_root)
@@ -126,9 +127,9 @@ def _load(
         raise ValueError(f"image_root={str(image_root)!r} is not a folder")
     path = Path(spec).expanduser()
     if path.is_dir():
-        return _part(_Folder(path, name, schema, streaming, columns, root).load(), part)
+        return part_of_rows(_Folder(path, name, schema, streaming, columns, root).load(), part)
     if path.is_file():
-        return _part(_file(path, name, schema, streaming, columns, root), part)
+        return part_of_rows(_file(path, name, schema, streaming, columns, root), part)
     if path.exists():
         raise ValueError(f"{spec} is neither a file nor a folder")
     looks_local = spec.startswith((".", "/", "~")) or spec.count("/") > 1 or path.suffix in (*_LINES, *_TABLES)
@@ -141,14 +142,14 @@ def _shapes(
     spec: str,
     split: str,
     part: str | None,
-    schema: Mapping[str, Sequence[str]],
+    schema: Schema,
     streaming: bool,
     columns: Mapping[str, str] | None,
     image_root: Any,
     seed: int,
     options: dict[str, Any],
 ) -> Rows:
-    from .shapes import load_shapes, load_shapes_questions
+    from .shapes import load_shapes, load_shapes_questions, load_shapes_task
 
     if columns or image_root:
         raise ValueError("columns and image_root are for files: Shapes has the columns that are needed")
@@ -157,11 +158,13 @@ def _shapes(
     if part is not None and "size" not in options and re.fullmatch(r"\d*:\d+", part):
         # No need to draw what is cut off again.
         options = {**options, "size": max(1, int(part.partition(":")[2]))}
-    load = load_shapes if schema is PAIRS else load_shapes_questions
+    load = {"pairs": load_shapes, "vqa": load_shapes_questions}.get(schema.task) or partial(
+        load_shapes_task, schema.task
+    )
     return load(canonical_split(split), streaming=streaming, seed=seed, **options)
 
 
-def _part(rows: Rows, part: str | None) -> Rows:
+def part_of_rows(rows: Rows, part: str | None) -> Rows:
     if part is None:
         return rows
     if isinstance(rows, IterableDataset):
@@ -181,7 +184,7 @@ def _stream_part(rows: IterableDataset, start: int, stop: int | None) -> Iterato
 def _file(
     path: Path,
     split: str,
-    schema: Mapping[str, Sequence[str]],
+    schema: Schema,
     streaming: bool,
     columns: Mapping[str, str] | None,
     root: Path | None,
@@ -192,7 +195,7 @@ def _file(
         return _parquet(chosen(by_split([path], path), split, str(path)), schema, streaming, columns, root, str(path))
     if name.endswith(TAR_SUFFIXES):
         files = chosen(by_split([path], path), split, str(path))
-        return _from_files([TarShard(file) for file in files], schema, streaming, columns, root, str(path))
+        return rows_of_readers([TarShard(file) for file in files], schema, streaming, columns, root, str(path))
     if name.endswith(_LINES):
         reader: Any = JsonLinesFile(path)
     elif name.endswith(_TABLES):
@@ -204,12 +207,12 @@ def _file(
             there = reader.splits()
             if split != ALL and canonical_split(split) not in there:
                 raise ValueError(f"{path} has no split {split!r}; it has {', '.join(sorted(there))}")
-            return _from_files([reader], schema, streaming, columns, root, str(path))
+            return rows_of_readers([reader], schema, streaming, columns, root, str(path))
         reader = {"coco": CocoCaptionsFile, "lines": JsonLinesFile, "list": JsonFile}[kind](path)
     else:
         raise ValueError(f"{path} is of no kind that can be read; give {_KNOWN_FILES}, or a folder")
     chosen(by_split([path], path), split, str(path))
-    return _from_files([reader], schema, streaming, columns, root, str(path))
+    return rows_of_readers([reader], schema, streaming, columns, root, str(path))
 
 
 class _Folder:
@@ -219,7 +222,7 @@ class _Folder:
         self,
         folder: Path,
         split: str,
-        schema: Mapping[str, Sequence[str]],
+        schema: Schema,
         streaming: bool,
         columns: Mapping[str, str] | None,
         root: Path | None,
@@ -239,12 +242,12 @@ class _Folder:
         if parquet := [path for path in files if path.suffix == ".parquet"]:
             return _parquet(self._of_split(parquet), *options)
         if tars := [path for path in files if path.name.endswith(TAR_SUFFIXES)]:
-            return _from_files([TarShard(path) for path in self._of_split(tars)], *options)
+            return rows_of_readers([TarShard(path) for path in self._of_split(tars)], *options)
         if metadata := tuple(path for path in files if path.name in METADATA_FILES):
             return self._images(metadata)
         if lines := [path for path in files if path.suffix in (*_LINES, *_TABLES)]:
             readers = [(CsvFile if path.suffix in _TABLES else JsonLinesFile)(path) for path in self._of_split(lines)]
-            return _from_files(readers, *options)
+            return rows_of_readers(readers, *options)
         if any(path.suffix == ".txt" and _image_beside(path) for path in files):
             return self._images(())
         if documents := [path for path in files if path.suffix == ".json"]:
@@ -272,7 +275,7 @@ class _Folder:
         there = reader.splits() or {"train"}
         if self.split != ALL and canonical_split(self.split) not in there:
             raise ValueError(f"{self.folder} has no split {self.split!r}; it has {', '.join(sorted(there))}")
-        return _from_files([reader], self.schema, self.streaming, self.columns, self.root, str(self.folder))
+        return rows_of_readers([reader], self.schema, self.streaming, self.columns, self.root, str(self.folder))
 
     def _saved(self) -> Rows:
         saved = datasets.load_from_disk(str(self.folder))
@@ -292,7 +295,7 @@ class _Folder:
 
 def _parquet(
     files: list[Path],
-    schema: Mapping[str, Sequence[str]],
+    schema: Schema,
     streaming: bool,
     columns: Mapping[str, str] | None,
     root: Path | None,
@@ -311,7 +314,7 @@ def _parquet(
 def _from_hub(
     spec: str,
     split: str,
-    schema: Mapping[str, Sequence[str]],
+    schema: Schema,
     streaming: bool,
     columns: Mapping[str, str] | None,
     root: Path | None,
@@ -325,12 +328,12 @@ def _from_hub(
             f"{spec!r} is neither 'shapes', nor a file or folder here (seen from {os.getcwd()}), nor a data set that "
             f"the Hub gives: {error}"
         ) from error
-    return _part(as_rows(loaded, schema, columns, root, spec), part)
+    return part_of_rows(as_rows(loaded, schema, columns, root, spec), part)
 
 
-def _from_files(
+def rows_of_readers(
     readers: list[Any],
-    schema: Mapping[str, Sequence[str]],
+    schema: Schema,
     streaming: bool,
     columns: Mapping[str, str] | None,
     root: Path | None,
@@ -338,8 +341,8 @@ def _from_files(
 ) -> Rows:
     """Rows of files that this package reads itself."""
     roles = _roles(readers, columns, schema, where)
-    makers = [RowMaker(roles, root or _own_folder(reader), _source_name(reader, where)) for reader in readers]
-    features = features_for(roles)
+    makers = [RowMaker(roles, root or _own_folder(reader), _source_name(reader, where), schema) for reader in readers]
+    features = features_for(roles, schema)
     is_tar = isinstance(readers[0], TarShard)
     if not is_tar:
         _check_images(makers[0], readers[0], root, where)
@@ -360,9 +363,7 @@ def _from_files(
     return rows.to_iterable_dataset(num_shards=_shard_count(len(rows))) if streaming else rows
 
 
-def _roles(
-    readers: list[Any], columns: Mapping[str, str] | None, schema: Mapping[str, Sequence[str]], where: str
-) -> dict[str, str]:
+def _roles(readers: list[Any], columns: Mapping[str, str] | None, schema: Schema, where: str) -> dict[str, str]:
     """The columns by the first records of the first file, or of the next ones where that is damaged or empty."""
     names: list[str] = []
     error: ValueError | None = None
@@ -402,7 +403,8 @@ def _check_images(maker: RowMaker, reader: Any, root: Path | None, where: str) -
     Raises:
         ValueError: none of the first images is there.
     """
-    images = [maker.row(record)["image"] for record in islice(iter(reader), _PROBED_IMAGES)]
+    made = [maker.row(record) for record in islice(iter(reader), _PROBED_IMAGES)]
+    images = [row[role] for row in made for role in maker.columns if KINDS.get(role) == "image"]
     paths = [image["path"] if image else None for image in images]
     named = [path for path in paths if path is not None and "://" not in path]
     if named and not any(os.path.exists(path) for path in named):

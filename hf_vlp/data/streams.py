@@ -137,12 +137,21 @@ class PairIterableDataset(IterableDataset):
                 self._state = self._position(epoch, shard, offset, number + 1, reader, readers)
                 index, text_index, row = block[position]
                 name = f"{index >> _SHARD_BITS}:{index & ((1 << _SHARD_BITS) - 1)}"
-                record = make_record(row, index, self.seed, epoch, self.transform, text_index, key=name)
-                if self.all_texts:
-                    record.setdefault("image_id", name)
-                yield record
+                yield self._record(row, index, epoch, text_index, name)
             done = 0
         self._state = self._position(epoch + 1, 0, 0, 0, reader, readers)
+
+    def _record(
+        self, row: Mapping[str, Any], index: int, epoch: int, text_index: int | None, name: str
+    ) -> dict[str, Any]:
+        record = make_record(row, index, self.seed, epoch, self.transform, text_index, key=name)
+        if self.all_texts:
+            record.setdefault("image_id", name)
+        return record
+
+    def _count(self, row: Mapping[str, Any]) -> int:
+        """How many records `all_texts` makes of a row."""
+        return len(texts_of(row["text"]))
 
     def _blocks(
         self, shard: int, offset: int, epoch: int, reader: int, readers: int
@@ -161,7 +170,7 @@ class PairIterableDataset(IterableDataset):
                 if stride > 1 and position % stride != reader:
                     continue
                 index = (order[turn] << _SHARD_BITS) | position
-                texts = range(max(1, len(texts_of(row["text"])))) if self.all_texts else (None,)
+                texts = range(max(1, self._count(row))) if self.all_texts else (None,)
                 block.extend((index, text, row) for text in texts)
                 rows_held += 1
                 if rows_held == self.buffer_size:

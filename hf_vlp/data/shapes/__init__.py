@@ -3,6 +3,7 @@
 from .captions import CaptionScore, parse_caption, score_caption
 from .questions import Question
 from .scenes import SPLITS, Scene, SceneObject, ShapesConfig
+from .tasks import load_shapes_task
 from .world import ShapesWorld, load_shapes, load_shapes_questions, shapes_texts
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "ShapesWorld",
     "load_shapes",
     "load_shapes_questions",
+    "load_shapes_task",
     "parse_caption",
     "score_caption",
     "shapes_texts",

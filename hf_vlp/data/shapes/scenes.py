@@ -263,31 +263,40 @@ def draw_scene(config: ShapesConfig, draws: Draws, pairs: tuple[Pair, ...]) -> S
     shade = draws.between(-JITTER, 0 if background == "white" else JITTER)
     objects = []
     for (color, shape), cell in zip(kinds, cells):
-        row, column = divmod(cell, config.grid)
-        size = draws.choice(config.sizes)
-        top, bottom = row * config.image_size // config.grid, (row + 1) * config.image_size // config.grid
-        left, right = column * config.image_size // config.grid, (column + 1) * config.image_size // config.grid
-        half = config.image_size // config.grid // 2
-        radius = max(2, half * RADII[size] // 1000)
-        jitter = draws.word()
-        red, green, blue = COLORS[color]
-        objects.append(
-            SceneObject(
-                shape=shape,
-                color=color,
-                size=size,
-                texture=draws.choice(config.textures),
-                row=row,
-                column=column,
-                x=draws.between(left + radius, right - radius),
-                y=draws.between(top + radius, bottom - radius),
-                radius=radius,
-                rgb=(_jittered(red, jitter), _jittered(green, jitter >> 16), _jittered(blue, jitter >> 32)),
-            )
-        )
+        size, jitter = draws.choice(config.sizes), draws.word()
+        texture = draws.choice(config.textures)
+        objects.append(laid_out(config, draws, color, shape, size, texture, cell, jitter))
     red, green, blue = BACKGROUNDS[background]
     shaded = (red + shade, green + shade, blue + shade)
     return Scene(config.image_size, config.grid, background, shaded, tuple(objects))
+
+
+def laid_out(
+    config: ShapesConfig, draws: Draws, color: str, shape: str, size: str, texture: str, cell: int, jitter: int
+) -> SceneObject:
+    """An object somewhere in a cell, counted row by row. Draws two numbers.
+
+    Args:
+        jitter: 48 random bits that the shade of its colour depends on.
+    """
+    row, column = divmod(cell, config.grid)
+    top, bottom = row * config.image_size // config.grid, (row + 1) * config.image_size // config.grid
+    left, right = column * config.image_size // config.grid, (column + 1) * config.image_size // config.grid
+    half = config.image_size // config.grid // 2
+    radius = max(2, half * RADII[size] // 1000)
+    red, green, blue = COLORS[color]
+    return SceneObject(
+        shape=shape,
+        color=color,
+        size=size,
+        texture=texture,
+        row=row,
+        column=column,
+        x=draws.between(left + radius, right - radius),
+        y=draws.between(top + radius, bottom - radius),
+        radius=radius,
+        rgb=(_jittered(red, jitter), _jittered(green, jitter >> 16), _jittered(blue, jitter >> 32)),
+    )
 
 
 def _jittered(channel: int, bits: int) -> int:

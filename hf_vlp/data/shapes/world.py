@@ -19,6 +19,7 @@ DEFAULT_SIZES: dict[str, int] = {"train": 20_000, "validation": 1_000, "test": 1
 SHARD_ROWS = 1_000
 # Purposes that draw on an index independently of each other, so that no option of one changes another.
 _LAYOUT, _CAPTIONS, _NOISE, _QUESTIONS = range(4)
+# Purposes 4 to 7 are those of `tasks`.
 # Scenes from here on are in no dataset: borrowed for captions that do not fit, and for text without pictures.
 _UNSEEN = 1 << 47
 # Answers a question, as many as in VQA.
