@@ -22,8 +22,9 @@ class Architecture:
         native: plain transformers loads our folders with no code of ours.
         objectives: the papers' abbreviations, in the order of the total loss.
         script: stage -> file of `training_scripts/`.
-        classes: role -> `"module:Class"`. Roles: `config`, `model`, `pretraining`, `retrieval`, `captioning`, `vqa`,
-            `visual_reasoning`, `visual_entailment`, `zero_shot`, `processor`.
+        classes: role -> `"module:Class"`. Roles of inference: `config`, `model`, `retrieval`, `captioning`, `vqa`,
+            `visual_reasoning`, `visual_entailment`, `dialog`, `zero_shot`, `chat`, `processor`; of training:
+            `pretraining`, `pretraining_<role>` and `finetune_<role>`.
         reference: system of the reference cases, None where there is none.
     """
 
@@ -48,6 +49,11 @@ class Architecture:
         return getattr(import_module(module), name)
 
 
+def is_training_role(role: str) -> bool:
+    """Whether a role's class is for training; what it exports is a class of another role."""
+    return role.startswith(("pretraining", "finetune_"))
+
+
 _CLIP = "hf_vlp.models.clip"
 _BLIP2 = "hf_vlp.models.blip2"
 _ALBEF = "hf_vlp.models.albef"
@@ -68,6 +74,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "retrieval": f"{_CLIP}.modeling_clip:CLIPModel",
                 "zero_shot": f"{_CLIP}.modeling_clip:CLIPModel",
                 "pretraining": f"{_CLIP}.pretraining_clip:CLIPForPreTraining",
+                "finetune_retrieval": f"{_CLIP}.pretraining_clip:CLIPForPreTraining",
                 "processor": f"{_CLIP}.processing_clip:CLIPProcessor",
             },
             reference="clip",
@@ -85,6 +92,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "retrieval": "hf_vlp.models.clip_resnet.modeling_clip_resnet:CLIPResNetModel",
                 "zero_shot": "hf_vlp.models.clip_resnet.modeling_clip_resnet:CLIPResNetModel",
                 "pretraining": f"{_CLIP}.pretraining_clip:CLIPForPreTraining",
+                "finetune_retrieval": f"{_CLIP}.pretraining_clip:CLIPForPreTraining",
                 "processor": f"{_CLIP}.processing_clip:CLIPProcessor",
             },
             reference="clip",
@@ -102,6 +110,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "retrieval": "hf_vlp.models.eva_clip.modeling_eva_clip:EvaCLIPModel",
                 "zero_shot": "hf_vlp.models.eva_clip.modeling_eva_clip:EvaCLIPModel",
                 "pretraining": f"{_CLIP}.pretraining_clip:CLIPForPreTraining",
+                "finetune_retrieval": f"{_CLIP}.pretraining_clip:CLIPForPreTraining",
                 "processor": f"{_CLIP}.processing_clip:CLIPProcessor",
             },
         ),
@@ -118,6 +127,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "retrieval": "hf_vlp.models.align.modeling_align:AlignModel",
                 "zero_shot": "hf_vlp.models.align.modeling_align:AlignModel",
                 "pretraining": f"{_CLIP}.pretraining_clip:CLIPForPreTraining",
+                "finetune_retrieval": f"{_CLIP}.pretraining_clip:CLIPForPreTraining",
                 "processor": "transformers:AlignProcessor",
             },
         ),
@@ -135,6 +145,8 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "vqa": f"{_BLIP2}.modeling_blip_2:Blip2ForConditionalGeneration",
                 "retrieval": f"{_BLIP2}.modeling_blip_2:Blip2ForImageTextRetrieval",
                 "pretraining": f"{_BLIP2}.pretraining_blip_2:Blip2ForPreTraining",
+                "finetune_retrieval": f"{_BLIP2}.pretraining_blip_2:Blip2ForPreTraining",
+                "finetune_captioning": f"{_BLIP2}.modeling_blip_2:Blip2ForConditionalGeneration",
                 "processor": f"{_BLIP2}.processing_blip_2:Blip2Processor",
             },
             reference="blip2",
@@ -153,6 +165,8 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "vqa": f"{_BLIP2}.any_vision_blip_2:Blip2AnyVisionForConditionalGeneration",
                 "retrieval": f"{_BLIP2}.any_vision_blip_2:Blip2AnyVisionForImageTextRetrieval",
                 "pretraining": f"{_BLIP2}.pretraining_blip_2:Blip2ForPreTraining",
+                "finetune_retrieval": f"{_BLIP2}.pretraining_blip_2:Blip2ForPreTraining",
+                "finetune_captioning": f"{_BLIP2}.any_vision_blip_2:Blip2AnyVisionForConditionalGeneration",
                 "processor": f"{_BLIP2}.processing_blip_2:Blip2Processor",
             },
             reference="blip2",
@@ -163,7 +177,10 @@ ARCHITECTURES: dict[str, Architecture] = {
             paper="2107.07651",
             native=False,
             objectives=("ITC", "ITM", "MLM"),
-            script={},
+            script={
+                "pretrain": "albef.py",
+                "retrieval": "finetune_retrieval.py",
+            },
             classes={
                 "config": f"{_ALBEF}.configuration_albef:AlbefConfig",
                 "model": f"{_ALBEF}.modeling_albef:AlbefModel",
@@ -173,6 +190,11 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "visual_reasoning": f"{_ALBEF}.modeling_albef_tasks:AlbefForVisualReasoning",
                 "visual_entailment": f"{_ALBEF}.modeling_albef_tasks:AlbefForVisualEntailment",
                 "pretraining": f"{_ALBEF}.pretraining_albef:AlbefForPreTraining",
+                "pretraining_visual_reasoning": f"{_ALBEF}.finetuning_albef:AlbefForTextAssignment",
+                "finetune_retrieval": f"{_ALBEF}.finetuning_albef:AlbefForRetrievalFineTuning",
+                "finetune_vqa": f"{_ALBEF}.finetuning_albef:AlbefForQuestionAnsweringFineTuning",
+                "finetune_visual_reasoning": f"{_ALBEF}.finetuning_albef:AlbefForVisualReasoningFineTuning",
+                "finetune_visual_entailment": f"{_ALBEF}.finetuning_albef:AlbefForVisualEntailmentFineTuning",
                 "processor": f"{_ALBEF}.processing_albef:AlbefProcessor",
             },
             reference="albef",

@@ -206,3 +206,91 @@ def qformer_config(size: str, max_length: int = 512, *, dropout: float = 0.1) ->
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     )
+
+
+# Vision and text tower of the fusion models (ALBEF, BLIP): width, layers, heads.
+_FUSION_TOWERS: dict[str, dict[str, tuple[int, int, int]]] = {
+    "nano": {"vision": (128, 4, 4), "text": (128, 4, 4)},
+    "tiny": {"vision": (192, 6, 3), "text": (192, 6, 3)},
+    "small": {"vision": (384, 12, 6), "text": (384, 12, 6)},
+    # 2107.07651, section 3.1: ViT-B/16 and BERT-base.
+    "base": {"vision": (768, 12, 12), "text": (768, 12, 12)},
+    "large": {"vision": (1024, 24, 16), "text": (768, 12, 12)},
+}
+_FUSION_PATCHES = {"nano": 8, "tiny": 8, "small": 16, "base": 16, "large": 16}
+
+
+def fusion_towers(
+    size: str, tokenizer: Any, *, image_size: int, patch_size: int | None = None, dropout: float = 0.1
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of the vision and of the text tower of a fusion model from scratch.
+
+    Args:
+        size: one of `SIZES`; `"base"` is ViT-B/16 with BERT-base, `"large"` ViT-L/16 with BERT-base.
+        tokenizer: gives the vocabulary and the longest text.
+        image_size: side in pixels.
+        patch_size: of the vision tower.
+        dropout: of the text tower; the vision towers have none.
+
+    Raises:
+        ValueError: an unknown size, or an image that the patches do not tile.
+    """
+    patch_size = patch_size or _FUSION_PATCHES[_known(size)]
+    if image_size % patch_size:
+        raise ValueError(f"--image_size {image_size} is not a multiple of --patch_size {patch_size}")
+    towers = []
+    for width, layers, heads in _FUSION_TOWERS[size].values():
+        towers.append(
+            {
+                "hidden_size": width,
+                "intermediate_size": 4 * width,
+                "num_hidden_layers": layers,
+                "num_attention_heads": heads,
+                # As for the Q-Former: 0.02 is BERT's at a width of 768.
+                "initializer_range": 0.02 * (768 / width) ** 0.5 if width < 768 else 0.02,
+            }
+        )
+    vision, text = towers
+    vision |= {"image_size": image_size, "patch_size": patch_size}
+    text |= {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": min(max(tokenizer.model_max_length, 64), 512),
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+    }
+    return vision, text
+
+
+def albef_config(
+    size: str,
+    tokenizer: Any,
+    *,
+    image_size: int | None = None,
+    patch_size: int | None = None,
+    fusion_layer: int | None = None,
+    projection_dim: int = 256,
+    dropout: float = 0.1,
+) -> PreTrainedConfig:
+    """Config of an ALBEF from scratch.
+
+    Args:
+        size, patch_size, dropout: as in `fusion_towers`.
+        tokenizer: of a BERT.
+        image_size: side in pixels; 256 for the published sizes.
+        fusion_layer: first text layer that looks at the image; half of the layers if left out.
+        projection_dim: width of the contrastive features.
+    """
+    from hf_vlp.models.albef.configuration_albef import AlbefConfig
+
+    image_size = image_size or (256 if _known(size) in ("base", "large") else _IMAGE_SIZES[size])
+    vision, text = fusion_towers(size, tokenizer, image_size=image_size, patch_size=patch_size, dropout=dropout)
+    text["fusion_layer"] = text["num_hidden_layers"] // 2 if fusion_layer is None else fusion_layer
+    config = AlbefConfig(
+        vision_config={"model_type": "vit", "layer_norm_eps": 1e-6, **vision},
+        text_config=text,
+        projection_dim=projection_dim,
+        # Of the layers that neither tower brings along: projections, cross-attention, heads.
+        initializer_range=text["initializer_range"],
+    )
+    config.use_tokenizer(tokenizer)
+    return config

@@ -94,10 +94,11 @@ def check_batch(
         chance_levels: of the model; None where it has none.
         forward_arguments: makes what else `forward` takes (a generator), anew for each call.
         gather: as of `TermMeter.means`.
-        max_rows: pairs a rank that are looked at.
+        max_rows: pairs a rank that are looked at; all, where a row has several answers, images or candidates.
     """
-    rows = max((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), default=0)
-    kept = min(rows, max_rows)
+    lengths = [len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim]
+    rows = max(lengths, default=0)
+    kept = min(rows, max_rows) if len(set(lengths)) == 1 else rows
     batch = {key: value[:kept] if _is_column(value, rows) else value for key, value in batch.items()}
     state = random_state()
     model.eval()

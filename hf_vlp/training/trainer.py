@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 RECORD_REPORT = "record_report"
 # Scalars of an output that are worth a curve although they are no losses.
-_LOGGED_SCALARS = ("logit_scale", "temperature")
+_LOGGED_SCALARS = ("logit_scale", "temperature", "alpha")
 # Ends of the names under which `evaluate` reports its own speed.
 _SPEED = ("_runtime", "_per_second")
 
@@ -520,7 +520,8 @@ class _MicroBatch:
         tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
         rows = len(tensors[0]) if tensors else 0
         labels = batch.get("labels")
-        if isinstance(labels, Tensor):
+        # A loss over the answers to questions is a mean over the questions.
+        if isinstance(labels, Tensor) and "answers_per_question" not in batch:
             labels = labels[..., 1:] if shifted else labels
             return cls(index, rows, int((labels != -100).sum()), True, report)
         return cls(index, rows, rows, False, report)
@@ -583,9 +584,9 @@ def _check_arguments(model: nn.Module, args: VLPTrainingArguments) -> None:
 def logged_values(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Loss terms of an output, and the other scalars that belong in the log."""
     scalars = {
-        name: outputs[name].detach().float()
+        name: torch.as_tensor(outputs[name]).detach().float()
         for name in _LOGGED_SCALARS
-        if name in outputs and isinstance(outputs[name], Tensor) and outputs[name].numel() == 1
+        if isinstance(outputs.get(name), Tensor | float) and torch.as_tensor(outputs[name]).numel() == 1
     }
     return {**loss_terms(outputs), **scalars}
 

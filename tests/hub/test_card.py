@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from transformers import TrainingArguments
 
 from hf_vlp.hub import CardData, Metric, complete_folder, metrics_from_result, recipe_of, render_card, write_card
-from hf_vlp.models.catalog import ARCHITECTURES
+from hf_vlp.models.catalog import ARCHITECTURES, is_training_role
 from hf_vlp.resources import resource_folder
 from tests.hub import tiny
 
@@ -104,7 +104,7 @@ def test_eval_results(folder: Path) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=lambda architecture: architecture.model_type)
 def test_every_architecture_and_role(architecture: Any, tmp_path: Path) -> None:
     for role, reference in architecture.classes.items():
-        if role in ("config", "processor", "pretraining"):
+        if role in ("config", "processor") or is_training_role(role):
             continue
         folder = folder_of(architecture.model_type, reference.split(":")[1], tmp_path)
         text = render_card(folder, CARD, "org/name")

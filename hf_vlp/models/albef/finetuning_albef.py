@@ -81,6 +81,8 @@ class AlbefForRetrievalFineTuning(AlbefMomentumModel):
             settings: fields of `MomentumSettings`.
         """
         super().__init__(config, retrieval, **settings)
+        if not {"itc", "itm"} & set(self.settings.objectives):
+            raise ValueError(f"objectives must have 'itc' or 'itm' here, but are {self.settings.objectives}")
         self.post_init()
         if not next(self.parameters()).is_meta:
             self.reset_momentum()
@@ -152,33 +154,27 @@ class AlbefForRetrievalFineTuning(AlbefMomentumModel):
             alpha = 0.0
         alpha = self.current_alpha() if alpha is None else alpha
         contrast = self.contrast(features, self.momentum_features(image_states_m, first_m), alpha, image_ids)
-        drawn = self.draw_negatives(contrast.itc, image_ids, generator, negatives)
-        rows = self.matching_rows(texts, states, drawn)
-        counts = rows.texts.counts[rows.source]
-        fused = albef.fuse_pairs(
-            rows.texts,
-            rows.states,
-            image_states,
-            rows.image,
-            source=rows.source,
-            keep=counts.cumsum(0) - counts,
-        )
-        itm_logits = self.retrieval.itm_head(fused)
-        loss_itm = matching_loss(itm_logits, rows.labels if drawn is not None else rows.labels.fill_(-100))
-        loss_itc = contrast.itc.loss
+        wanted = self.settings.objectives
+        terms: dict[str, Tensor] = {"loss_itc": contrast.itc.loss} if "itc" in wanted else {}
+        drawn = rows = itm_logits = None
+        if "itm" in wanted:
+            drawn = self.draw_negatives(contrast.itc, image_ids, generator, negatives)
+            rows = self.matching_rows(texts, states, drawn)
+            itm_logits = self.matching_logits(rows, image_states)
+            labels = rows.labels if drawn is not None else rows.labels.fill_(-100)
+            terms["loss_itm"] = matching_loss(itm_logits, labels)
         if self.training:
             self.steps += 1
         return AlbefRetrievalOutput(
-            loss=loss_itc + loss_itm,
-            loss_itc=loss_itc,
-            loss_itm=loss_itm,
+            loss=sum(terms.values()),
+            **terms,
             alpha=alpha,
             temperature=self.retrieval.temperature.detach(),
             contrast=contrast,
             weights_i2t=None if drawn is None else drawn.weights_i2t,
             weights_t2i=None if drawn is None else drawn.weights_t2i,
             itm_logits=itm_logits,
-            itm_labels=rows.labels,
+            itm_labels=None if rows is None else rows.labels,
         )
 
 
@@ -228,6 +224,8 @@ class AlbefTaskFineTuning(PreTrainingMixin, AlbefPreTrainedModel):
     inference_attribute = "model"
     base_model_prefix = ""
     _auto_class = None
+    # What keyword arguments of the constructors may set.
+    settings_class: ClassVar[type] = TwinSettings
     # Class of the inference model.
     task_class: ClassVar[type[AlbefPreTrainedModel]]
     stages: ClassVar[dict[str, dict[str, bool]]] = {"finetune": {"": True, "momentum": False}}

@@ -38,6 +38,9 @@ class MomentumSettings:
         across_ranks: `"joined"`: keys and negatives are those of all ranks, and loss and gradient those of one
             process with the joined batch. `"local"`: each rank contrasts and matches within its own batch, as the
             original does; the queue is shared in both.
+        negatives: `"hard"`: negatives of matching are drawn by similarity (section 3.2); `"random"`: all alike, the
+            ablation of the paper's table 1.
+        objectives: which of `"itc"`, `"itm"`, `"mlm"` make up the loss; retrieval fine-tuning has the first two.
     """
 
     queue_size: int = 65536
@@ -47,8 +50,16 @@ class MomentumSettings:
     mlm_probability: float = 0.15
     distill: bool = True
     across_ranks: Literal["joined", "local"] = "joined"
+    negatives: Literal["hard", "random"] = "hard"
+    objectives: tuple[str, ...] = ("itc", "itm", "mlm")
 
     def __post_init__(self) -> None:
+        self.objectives = tuple(self.objectives)
+        unknown = set(self.objectives) - {"itc", "itm", "mlm"}
+        if unknown or not self.objectives:
+            raise ValueError(f"objectives must be some of 'itc', 'itm', 'mlm', not {self.objectives}")
+        if self.negatives not in ("hard", "random"):
+            raise ValueError(f"negatives must be 'hard' or 'random', not {self.negatives!r}")
         for name in ("momentum", "alpha", "mlm_probability"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must lie in [0, 1], but is {getattr(self, name)}")
@@ -106,6 +117,8 @@ class AlbefMomentumModel(PreTrainingMixin, AlbefPreTrainedModel):
     inference_attribute = "retrieval"
     base_model_prefix = ""
     _auto_class = None
+    # What keyword arguments of the constructors may set.
+    settings_class: ClassVar[type] = MomentumSettings
     # Whether the queue keeps image ids.
     _with_ids: ClassVar[bool] = False
     # Fields that differ from `MomentumSettings` by default.
@@ -304,17 +317,20 @@ class AlbefMomentumModel(PreTrainingMixin, AlbefPreTrainedModel):
         generator: torch.Generator | None,
         given: tuple[Tensor, Tensor] | None,
     ) -> HardNegatives | None:
-        """Hard negatives of own pairs (section 3.2); None for a joined batch in which nothing can be mismatched.
+        """Negatives of own pairs (section 3.2); None for a joined batch in which nothing can be mismatched.
 
-        The weights are the softmax over this step's keys (online queries, momentum keys) with true pairs set to 0.
+        The weights are the softmax over this step's keys (online queries, momentum keys) with true pairs set to 0;
+        of random negatives, equal ones.
         """
         ids = None
+        similarities = itc.logits_per_image, itc.logits_per_text
+        if self.settings.negatives == "random":
+            similarities = tuple(torch.zeros_like(logits) for logits in similarities)
         if image_ids is not None and self.joined():
             ids = gather(image_ids)
         try:
             return hard_negatives(
-                itc.logits_per_image,
-                itc.logits_per_text,
+                *similarities,
                 offset=itc.offset if self.joined() else 0,
                 image_ids=image_ids,
                 gathered_ids=ids if self.joined() else image_ids,
@@ -362,15 +378,29 @@ class AlbefMomentumModel(PreTrainingMixin, AlbefPreTrainedModel):
         labels[:number] = 1
         return MatchingRows(states, texts, source, image, labels)
 
+    def matching_logits(self, rows: MatchingRows, image_states: Tensor) -> Tensor:
+        """(P, 2) of the matching head on [CLS] of each row."""
+        counts = rows.texts.counts[rows.source]
+        fused = self.retrieval.albef.fuse_pairs(
+            rows.texts,
+            rows.states,
+            image_states,
+            rows.image,
+            source=rows.source,
+            keep=counts.cumsum(0) - counts,
+        )
+        return self.retrieval.itm_head(fused)
+
     def chance_levels(self, batch: Mapping[str, Any]) -> dict[str, float]:
         """Contrast: ln of the number of keys. Matching: the entropy of one match in three, 0.637."""
         ranks = world()[1] if self.settings.across_ranks == "joined" else 1
         keys = len(batch["input_ids"]) * ranks + len(self.queue)
         third = torch.tensor([1 / 3, 2 / 3])
-        return {
+        levels = {
             "loss_itc": float(torch.tensor(float(keys)).log()),
             "loss_itm": float(-(third * third.log()).sum()),
         }
+        return {name: level for name, level in levels.items() if name[5:] in self.settings.objectives}
 
 
 def joined_texts(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int) -> tuple[Tensor, Tensor, slice]:

@@ -23,7 +23,14 @@ from hf_vlp.objectives.matching import matching_loss
 from .configuration_albef import AlbefConfig
 from .modeling_albef import AlbefForImageTextRetrieval
 from .modeling_albef_packing import PackedTexts, fusion_layouts
-from .momentum_albef import AlbefMomentumModel, Contrast, MomentumSettings, joined_texts, prediction_head_ties
+from .momentum_albef import (
+    AlbefMomentumModel,
+    Contrast,
+    MatchingRows,
+    MomentumSettings,
+    joined_texts,
+    prediction_head_ties,
+)
 
 # Bounds of the temperature (the original clamps it at the start of every step).
 TEMPERATURE_RANGE = (0.001, 0.5)
@@ -34,9 +41,9 @@ class AlbefForPreTrainingOutput(ModelOutput):
     """
     Args:
         loss: sum of the terms; its mean over ranks is the loss of the joined batch.
-        loss_itc: image-text contrast, mean of the two directions.
-        loss_itm: matching of pairs and hard negatives.
-        loss_mlm: masked language modelling; absent when it is not trained.
+        loss_itc: image-text contrast, mean of the two directions. A term is absent when it is not trained.
+        loss_itm: matching of pairs and negatives.
+        loss_mlm: masked language modelling.
         alpha: weight of momentum distillation in this step.
         temperature: detached.
         image_embeds: (B, K, width) image tokens.
@@ -217,42 +224,51 @@ class AlbefForPreTraining(AlbefMomentumModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         alpha = self.current_alpha() if alpha is None else alpha
-        if masked_tokens is None:
-            masked_tokens = self.mask(input_ids, attention_mask, generator)
+        wanted = self.settings.objectives
         text_model = self.retrieval.albef.text_model
         texts = PackedTexts.from_padded(input_ids, attention_mask)
         if pixel_values.shape[0] != len(texts):
             raise ValueError(f"there are {pixel_values.shape[0]} images for {len(texts)} texts: pass pairs")
-        masked, labels = self._pack_masked(texts, attention_mask, masked_tokens)
-        both = PackedTexts.join(texts, masked)
+        masked = labels = masked_states = None
+        both = texts
+        if "mlm" in wanted:
+            if masked_tokens is None:
+                masked_tokens = self.mask(input_ids, attention_mask, generator)
+            masked, labels = self._pack_masked(texts, attention_mask, masked_tokens)
+            both = PackedTexts.join(texts, masked)
         image_states = self.retrieval.albef.encode_images(pixel_values)
-        states, masked_states = text_model.encode(both).chunk(2)
+        states = text_model.encode(both)
+        if masked is not None:
+            states, masked_states = states.chunk(2)
         first = states.index_select(0, texts.first.to(states.device))
         features = self.retrieval.project_image(image_states), self.retrieval.project_text(first)
         if self.training:
             self.follow()
-        image_states_m, first_m, masked_states_m = self._momentum_states(pixel_values, texts, both, alpha)
-        features_m = self.momentum_features(image_states_m, first_m)
-        contrast = self.contrast(features, features_m, alpha)
-        drawn = self.draw_negatives(contrast.itc, image_ids, generator, negatives)
-        rows = self.matching_rows(texts, states, drawn)
-        at = (labels != -100).nonzero().flatten().cpu()
+        twin = self._momentum_states(pixel_values, texts, None if masked is None else both, alpha)
+        image_states_m, first_m, masked_states_m = twin
+        contrast = self.contrast(features, self.momentum_features(image_states_m, first_m), alpha)
+        terms: dict[str, Tensor] = {"loss_itc": contrast.itc.loss} if "itc" in wanted else {}
+        drawn = rows = at = mlm_logits_m = None
+        if "itm" in wanted:
+            drawn = self.draw_negatives(contrast.itc, image_ids, generator, negatives)
+            rows = self.matching_rows(texts, states, drawn)
+        if masked is not None:
+            at = (labels != -100).nonzero().flatten().cpu()
         itm_logits, mlm_logits = self._fuse(rows, masked, masked_states, image_states, at)
-        mlm_logits_m = None
-        if alpha > 0:
-            mlm_logits_m = self._momentum_mlm(masked, masked_states_m, image_states_m, at)
-        loss_itm = matching_loss(itm_logits, rows.labels if drawn is not None else rows.labels.fill_(-100))
-        teacher = mlm_logits.detach() if mlm_logits_m is None else mlm_logits_m
-        wanted = labels.index_select(0, at.to(labels.device))
-        loss_mlm = distillation_loss(mlm_logits, teacher, wanted, alpha)
-        loss_itc = contrast.itc.loss
+        if rows is not None:
+            labels_itm = rows.labels if drawn is not None else rows.labels.fill_(-100)
+            terms["loss_itm"] = matching_loss(itm_logits, labels_itm)
+        if masked is not None:
+            if alpha > 0:
+                mlm_logits_m = self._momentum_mlm(masked, masked_states_m, image_states_m, at)
+            teacher = mlm_logits.detach() if mlm_logits_m is None else mlm_logits_m
+            targets = labels.index_select(0, at.to(labels.device))
+            terms["loss_mlm"] = distillation_loss(mlm_logits, teacher, targets, alpha)
         if self.training:
             self.steps += 1
         return AlbefForPreTrainingOutput(
-            loss=loss_itc + loss_itm + loss_mlm,
-            loss_itc=loss_itc,
-            loss_itm=loss_itm,
-            loss_mlm=loss_mlm,
+            loss=sum(terms.values()),
+            **terms,
             alpha=alpha,
             temperature=self.retrieval.temperature.detach(),
             image_embeds=image_states,
@@ -260,9 +276,9 @@ class AlbefForPreTraining(AlbefMomentumModel):
             weights_i2t=None if drawn is None else drawn.weights_i2t,
             weights_t2i=None if drawn is None else drawn.weights_t2i,
             itm_logits=itm_logits,
-            itm_labels=rows.labels,
-            masked_input_ids=masked_tokens.input_ids,
-            mlm_labels=masked_tokens.labels,
+            itm_labels=None if rows is None else rows.labels,
+            masked_input_ids=None if masked is None else masked_tokens.input_ids,
+            mlm_labels=None if masked is None else masked_tokens.labels,
             mlm_logits=mlm_logits,
             mlm_logits_m=mlm_logits_m,
         )
@@ -280,12 +296,15 @@ class AlbefForPreTraining(AlbefMomentumModel):
 
     @torch.no_grad()
     def _momentum_states(
-        self, pixel_values: Tensor, texts: PackedTexts, both: PackedTexts, alpha: float
+        self, pixel_values: Tensor, texts: PackedTexts, both: PackedTexts | None, alpha: float
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The twin's image tokens, its [CLS] states, and its states of the masked texts where alpha asks for them."""
+        """The twin's image tokens, its [CLS] states, and its states of the masked texts where alpha asks for them.
+
+        `both`: texts, then masked texts; None without masked language modelling.
+        """
         albef = self.momentum["albef"]
         image_states = albef.encode_images(pixel_values)
-        if alpha <= 0:
+        if alpha <= 0 or both is None:
             return image_states, albef.text_model.encode(texts, keep=texts.first), None
         # Of the texts only [CLS] is needed, of the masked texts everything.
         tokens = int(texts.counts.sum())
@@ -295,9 +314,18 @@ class AlbefForPreTraining(AlbefMomentumModel):
         return image_states, first, masked
 
     def _fuse(
-        self, rows: Any, masked: PackedTexts, masked_states: Tensor, image_states: Tensor, at: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        rows: MatchingRows | None,
+        masked: PackedTexts | None,
+        masked_states: Tensor | None,
+        image_states: Tensor,
+        at: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Matching logits of `rows`, and MLM logits at the tokens `at` of the masked texts, in one pass."""
+        if masked is None:
+            return None if rows is None else self.matching_logits(rows, image_states), None
+        if rows is None:
+            return None, self.mlm_head(self.retrieval.albef.fuse_pairs(masked, masked_states, image_states, keep=at))
         number, matched = len(masked), len(rows.source)
         inputs = PackedTexts.join(rows.texts, masked)
         source = torch.cat([rows.source, len(rows.texts) + torch.arange(number)])
@@ -318,7 +346,10 @@ class AlbefForPreTraining(AlbefMomentumModel):
 
     def chance_levels(self, batch: Mapping[str, Any]) -> dict[str, float]:
         """As the base class; MLM: ln of the vocabulary."""
-        return {**super().chance_levels(batch), "loss_mlm": math.log(self.config.text_config.vocab_size)}
+        levels = super().chance_levels(batch)
+        if "mlm" in self.settings.objectives:
+            levels["loss_mlm"] = math.log(self.config.text_config.vocab_size)
+        return levels
 
 
 __all__ = ["AlbefForPreTraining", "AlbefForPreTrainingOutput", "MomentumSettings"]
