@@ -40,6 +40,8 @@ REASONS: dict[str, str] = {
     "box_wrong": "a box is not four numbers, or has no area",
     "record_unparsable": "a line or member of the source could not be read as a record",
     "shard_broken": "a tar is damaged or ends before its end marker; the records behind that point are lost",
+    "messages_wrong": "a conversation is not a list of turns by known roles, or holds no answer",
+    "labels_missing": "nothing that the model is to learn is left of a conversation, for instance after truncation",
     "processor_failed": "the processor could not use the record",
 }
 

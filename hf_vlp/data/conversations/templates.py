@@ -111,6 +111,8 @@ class Template:
     image_marks: ClassVar[tuple[str, str]] = ("", "")
     # Whether the tokenizer's own first token (<s>) is put in front.
     adds_bos: ClassVar[bool] = True
+    # Whether the texts before and behind an image are tokenised apart, as LLaVA does.
+    cuts_at_images: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -137,8 +139,8 @@ class Template:
         tokenizer = tokenizer_of(processor)
         if not tokenizer.eos_token:
             raise ValueError(
-                f"{type(tokenizer).__name__} has no eos_token, with which an answer of template {cls.name!r} ends; set "
-                f"tokenizer.eos_token"
+                f"{type(tokenizer).__name__} has no eos_token, with which an answer of template {cls.name!r} ends; "
+                f"set tokenizer.eos_token"
             )
         tokens = {
             "image_token": image_token_of(processor),
@@ -277,7 +279,7 @@ def _from_user(turns: list[Message]) -> list[Message]:
 
 @register_template
 class PlainTemplate(Template):
-    """`<image>caption⏎`: stage 1 of LLaVA. The user's words are left out; the caption and its line break are learned."""
+    """`<image>caption⏎`: stage 1 of LLaVA. The user's words are left out; caption and line break are learned."""
 
     name = "plain"
 
@@ -423,5 +425,3 @@ def rendered_parts(rendered: RenderedConversation) -> list[tuple[str, str]]:
         else:
             parts.append((kind, character))
     return parts
-
-
