@@ -57,6 +57,7 @@ def is_training_role(role: str) -> bool:
 _CLIP = "hf_vlp.models.clip"
 _BLIP2 = "hf_vlp.models.blip2"
 _ALBEF = "hf_vlp.models.albef"
+_COGVLM = "hf_vlp.models.cogvlm"
 
 ARCHITECTURES: dict[str, Architecture] = {
     a.model_type: a
@@ -198,6 +199,23 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "processor": f"{_ALBEF}.processing_albef:AlbefProcessor",
             },
             reference="albef",
+        ),
+        Architecture(
+            model_type="cogvlm",
+            title="CogVLM",
+            paper="2311.03079",
+            native=False,
+            objectives=("LM",),
+            script={},
+            classes={
+                "config": f"{_COGVLM}.configuration_cogvlm:CogVLMConfig",
+                "model": f"{_COGVLM}.modeling_cogvlm:CogVLMForConditionalGeneration",
+                "captioning": f"{_COGVLM}.modeling_cogvlm:CogVLMForConditionalGeneration",
+                "vqa": f"{_COGVLM}.modeling_cogvlm:CogVLMForConditionalGeneration",
+                "chat": f"{_COGVLM}.modeling_cogvlm:CogVLMForConditionalGeneration",
+                "processor": f"{_COGVLM}.processing_cogvlm:CogVLMProcessor",
+            },
+            reference="cogvlm",
         ),
     )
 }

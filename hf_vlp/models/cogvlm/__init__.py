@@ -1,0 +1,1 @@
+"""CogVLM: a language model with a visual expert in every layer."""
