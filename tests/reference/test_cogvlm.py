@@ -162,7 +162,7 @@ def check_round_trip(case: Case) -> None:
     }
     again = config_from_original(config, version=case.config["version"])
     assert again.to_dict() == model.config.to_dict()
-    assert from_original(original, again).keys() == {name for name in model.state_dict()}
+    assert from_original(original, again).keys() == set(model.state_dict())
 
 
 @reference("cogvlm/conversation")

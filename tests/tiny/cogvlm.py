@@ -130,7 +130,7 @@ def byte_tokenizer(extra: dict[str, int] | None = None, padding_side: str = "lef
 
 
 def _bytes_of_letters() -> dict[str, int]:
-    """The letters that stand for bytes in byte-level vocabularies: printable ones for themselves, others from 256 on."""
+    """The letters that stand for bytes: printable ones for themselves, others from 256 on."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -184,7 +184,7 @@ def config_to_original(config: CogVLMConfig) -> dict[str, Any]:
     """The `config.json` of the original code.
 
     Raises:
-        ValueError: what the original code has no word for: another language model than Llama, other squares of patches.
+        ValueError: what the original code has no word for, as another language model than Llama.
     """
     text, vision = config.text_config, config.vision_config
     version = 2 if config.downsample == 2 else 1

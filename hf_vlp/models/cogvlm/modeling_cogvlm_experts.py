@@ -6,7 +6,6 @@ stay so through all layers: each set of matrices gets a slice of them. Only the 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn

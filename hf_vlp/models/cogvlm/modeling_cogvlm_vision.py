@@ -1,4 +1,4 @@
-"""CogVLM's eyes: the EVA2-CLIP image encoder, and the adapter to the language model (arXiv 2311.03079, section 2.1)."""
+"""EVA2-CLIP, CogVLM's image encoder, and the adapter to the language model (arXiv 2311.03079, section 2.1)."""
 
 from typing import Any
 
