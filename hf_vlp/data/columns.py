@@ -108,7 +108,7 @@ STATEMENTS = Schema(
 ENTAILMENT = Schema(
     "visual_entailment",
     {
-        "image": (*_IMAGE, "flickr30k_id", "flikr30kid"),
+        "image": _IMAGE,
         "text": ("hypothesis", "sentence2", *_TEXT),
         "label": ("label", "gold_label"),
         "image_id": _IMAGE_ID,

@@ -343,14 +343,17 @@ def rows_of_readers(
     roles = _roles(readers, columns, schema, where)
     makers = [RowMaker(roles, root or _own_folder(reader), _source_name(reader, where), schema) for reader in readers]
     features = features_for(roles, schema)
-    is_tar = isinstance(readers[0], TarShard)
-    if not is_tar:
-        _check_images(makers[0], readers[0], root, where)
+    first = readers[0]
+    # What has its images inside, or is too much for memory, is read once into the cache of `datasets`.
+    cached = isinstance(first, TarShard) or getattr(first, "large", False)
+    if not isinstance(first, TarShard):
+        _check_images(makers[0], first, root, where)
     shards = list(zip(makers, readers))
-    if streaming and (is_tar or isinstance(readers[0], JsonLinesFile | CsvFile)):
+    if streaming and (cached or isinstance(first, JsonLinesFile | CsvFile)):
         return IterableDataset.from_generator(_rows, features=features, gen_kwargs={"shards": shards})
-    if is_tar:
-        stamps = tuple((os.stat(reader.path).st_size, os.stat(reader.path).st_mtime_ns) for reader in readers)
+    if cached:
+        status = [os.stat(file) for reader in readers for file in getattr(reader, "files", (reader.path,))]
+        stamps = tuple((one.st_size, one.st_mtime_ns) for one in status)
         # The arguments name the copy in the cache: a file that changed has to give another one.
         return Dataset.from_generator(
             _rows,
