@@ -18,9 +18,28 @@ from transformers import (
 from hf_vlp.models.llava.initialization_llava import new_processor
 from hf_vlp.models.llava.modeling_llava import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
-WORDS = (
-    ["USER:", "ASSISTANT:", "what", "is", "this", "?", "a", "red", "blue", "green", "square", "circle", "one", "two", "three", "how", "many", "shapes", "are", "there"]
-)
+WORDS = [
+    "USER:",
+    "ASSISTANT:",
+    "what",
+    "is",
+    "this",
+    "?",
+    "a",
+    "red",
+    "blue",
+    "green",
+    "square",
+    "circle",
+    "one",
+    "two",
+    "three",
+    "how",
+    "many",
+    "shapes",
+    "are",
+    "there",
+]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -216,9 +216,9 @@ def model_from_parts(
         model.train(was_training)
     if (after - before).abs().max() > SAME_LOGITS * before.abs().max():
         raise ValueError(
-            f"{type(language_model).__name__} does more to its output than one matrix (it scales or caps the logits, or "
-            "has a layer in front), which the native LLaVA format cannot hold: its answers would change. Use a language "
-            "model with a plain output layer (Llama, Mistral, Qwen, Phi-3, OPT, …)"
+            f"{type(language_model).__name__} does more to its output than one matrix (it scales or caps the logits, "
+            "or has a layer in front), which the native LLaVA format cannot hold: its answers would change. Use a "
+            "language model with a plain output layer (Llama, Mistral, Qwen, Phi-3, OPT, …)"
         )
     return model
 

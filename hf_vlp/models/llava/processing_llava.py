@@ -1,4 +1,4 @@
-"""Pictures and conversations to the inputs of LLaVA; saved as transformers' own `LlavaProcessor`, `LlavaNextProcessor`.
+"""Pictures and conversations to the inputs of LLaVA; saved as the native `LlavaProcessor` and `LlavaNextProcessor`.
 
 A picture is a run of image tokens, as long as its features. `prepare_images` gives the pictures' tensors and these
 lengths, which is all that the collators of `hf_vlp.data.conversations` ask of a processor.
