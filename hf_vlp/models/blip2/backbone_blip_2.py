@@ -48,7 +48,12 @@ def _sane_initialisation(config: PreTrainedConfig) -> Iterator[None]:
 
 
 # Modules of the Q-Former whose parts `qformer.py` calls one by one.
-WALKED_MODULES = {"Blip2QFormerMultiHeadAttention", "Blip2TextEmbeddings"}
+WALKED_MODULES = {
+    "Blip2QFormerMultiHeadAttention",
+    "Blip2TextEmbeddings",
+    "InstructBlipQFormerMultiHeadAttention",
+    "InstructBlipQFormerEmbeddings",
+}
 
 
 def drop_walked_modules(model: nn.Module) -> None:
@@ -78,6 +83,11 @@ class Blip2BackboneMixin:
             init.normal_(self.query_tokens, std=self.config.qformer_config.initializer_range)
 
     @classmethod
+    def weights_from_original(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights under LAVIS' names as weights of this class."""
+        return from_original(state)[0]
+
+    @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: Any,
@@ -102,7 +112,7 @@ class Blip2BackboneMixin:
         if original is not None:
             # Not by transformers' registry of conversions: it would write LAVIS' names into every folder saved from a
             # model that was made in memory.
-            kwargs["state_dict"], _ = from_original(original)
+            kwargs["state_dict"] = cls.weights_from_original(original)
             if kwargs.get("config") is None:
                 kwargs["config"] = cls.config_class.from_pretrained(source)
             source = None

@@ -7,7 +7,6 @@ frozen, and errors where the native classes go on silently with a wrong result.
 """
 
 import copy
-from contextlib import nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling, BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.blip_2.modeling_blip_2 import (
     Blip2ForConditionalGenerationModelOutput,
     Blip2ImageTextMatchingModelOutput,
@@ -29,20 +28,13 @@ from hf_vlp.models.blip2.backbone_blip_2 import (
     ImageTokenError,
     MissingWeightsError,
     reject_unknown,
-    trains,
 )
+from hf_vlp.models.blip2.generation_blip_2 import SoftPromptMixin
 from hf_vlp.models.blip2.initialization_blip_2 import start_from_vision_and_qformer, text_free_config
 from hf_vlp.models.blip2.language_blip_2 import (
-    LabelError,
-    check_labels,
-    copies_a_prompt,
     embedding_width,
-    head_on_rows,
     load_language_model,
-    pad_token_of,
     prepare_language_model,
-    read_prompt_once,
-    shifted,
 )
 from hf_vlp.models.blip2.processing_blip_2 import Blip2Processor
 from hf_vlp.models.blip2.qformer import (
@@ -56,7 +48,6 @@ from hf_vlp.models.blip2.qformer import (
 from hf_vlp.models.catalog import load_class
 from hf_vlp.models.retrieval import ImageEmbeds
 from hf_vlp.nn.packing import PackedTexts
-from hf_vlp.objectives.language import language_modeling_loss
 
 # What the class of a stage-1 checkpoint is called.
 STAGE1_ENDINGS = ("ForImageTextRetrieval", "Blip2ForPreTraining")
@@ -299,7 +290,7 @@ class Blip2ForImageTextRetrieval(Blip2BackboneMixin, transformers.Blip2ForImageT
         return output if return_dict else output.to_tuple()
 
 
-class Blip2ForConditionalGeneration(Blip2BackboneMixin, transformers.Blip2ForConditionalGeneration):
+class Blip2ForConditionalGeneration(SoftPromptMixin, Blip2BackboneMixin, transformers.Blip2ForConditionalGeneration):
     """A language model that reads images through the Q-Former (stage 2, section 3.2; native format).
 
     Role "captioning" and "vqa". `forward` with `labels` gives the language modelling loss; `generate` gives text.
@@ -356,7 +347,7 @@ class Blip2ForConditionalGeneration(Blip2BackboneMixin, transformers.Blip2ForCon
         Raises:
             ValueError: `stage1` is not of stage 1, or the language model does not fit the native format.
         """
-        retrieval = _stage1_model(stage1)
+        retrieval = stage1_model(stage1)
         if processor is None:
             if not isinstance(language_model, str):
                 raise ValueError(
@@ -428,18 +419,6 @@ class Blip2ForConditionalGeneration(Blip2BackboneMixin, transformers.Blip2ForCon
         start.load_into(retrieval)
         return cls.from_stage1(retrieval, language_model, processor, **language_model_kwargs)
 
-    def frozen_parts(self) -> dict[str, nn.Module]:
-        """As for the tower, and the language model while none of its weights (or adapters) train."""
-        # Differs from the original: LAVIS leaves the frozen language model in training mode, so that its dropout is
-        # on.
-        parts = super().frozen_parts()
-        if not trains(self.language_model):
-            parts["language_model"] = self.language_model
-        return parts
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
     def query_outputs(
         self,
         pixel_values: Tensor | None = None,
@@ -449,52 +428,6 @@ class Blip2ForConditionalGeneration(Blip2BackboneMixin, transformers.Blip2ForCon
         """Image features (B, 1 + patches, vision hidden) and Q-Former outputs (B, Q, hidden)."""
         features = self.image_features(pixel_values, image_embeds, interpolate_pos_encoding)
         return features, query_pass(self.qformer, self.query_tokens, project_images(self.qformer, features)).states
-
-    def soft_prompt(self, queries: Tensor) -> Tensor:
-        """Q-Former outputs (B, Q, hidden) projected into the language model's embedding space: (B, Q, LM width).
-
-        Raises:
-            ValueError: the projection was made for a language model of another width.
-        """
-        width = embedding_width(self.language_model)
-        if self.language_projection.out_features != width:
-            raise ValueError(
-                f"language_projection gives {self.language_projection.out_features} numbers a query, but the "
-                f"embeddings of {type(self.language_model).__name__} are {width} wide; start from stage 1 with "
-                "this language model (Blip2ForConditionalGeneration.from_stage1), which makes a projection that fits"
-            )
-        weight = self.language_projection.weight
-        return self.language_projection(queries.to(weight.dtype))
-
-    def image_token_mask(self, input_ids: Tensor) -> Tensor:
-        """(B, L) bool, True where image features go.
-
-        Raises:
-            ImageTokenError: a row does not have exactly `num_query_tokens` image tokens, so that (part of) the image
-                would
-                not be seen.
-        """
-        token, expected = self.config.image_token_id, self.config.num_query_tokens
-        if token is None:
-            raise ImageTokenError(
-                "config.image_token_index is not set, so there is no place for the image in the text; set it to "
-                f"the id of the processor's <image> token and give {expected} of them in front of each text"
-            )
-        mask = input_ids == token
-        found = mask.sum(dim=1)
-        if bool((found != expected).any()):
-            raise ImageTokenError(
-                f"input_ids have {sorted(set(found.tolist()))} image tokens (id {token}) a row, but the model has "
-                f"{expected} query tokens: the image would not be seen, or not whole. Make the inputs with "
-                f"Blip2Processor(num_query_tokens={expected}), giving images and text together"
-            )
-        return mask
-
-    def _embed(self, input_ids: Tensor, image_mask: Tensor, soft_prompt: Tensor) -> Tensor:
-        """Token embeddings (B, L, width) with the soft prompt at the image tokens."""
-        # The image token may lie outside of the language model's vocabulary; its embedding is not used.
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))
-        return embeds.masked_scatter(image_mask[..., None], soft_prompt.to(embeds.dtype))
 
     def forward(
         self,
@@ -525,71 +458,21 @@ class Blip2ForConditionalGeneration(Blip2BackboneMixin, transformers.Blip2ForCon
         Raises:
             ImageTokenError, LabelError, AllLabelsIgnoredError, TypeError (float16 master weights).
         """
-        if input_ids is None:
-            raise ValueError("input_ids are missing: Blip2Processor gives them with the image tokens in place")
-        if self.training:
-            self.check_master_weights()
-        image_mask = self.image_token_mask(input_ids)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        decoder_only = self.config.use_decoder_only_language_model
-        if labels is not None:
-            labels = self._checked_labels(labels, input_ids, image_mask, attention_mask, decoder_attention_mask)
-        features, queries = self.query_outputs(pixel_values, image_embeds, interpolate_pos_encoding)
-        inputs_embeds = self._embed(input_ids, image_mask, self.soft_prompt(queries))
-
-        inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **kwargs}
-        targets = None
-        if decoder_only:
-            targets = None if labels is None else shifted(labels)
-        else:
-            if labels is not None:
-                targets = labels
-                if decoder_input_ids is None:
-                    decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(labels=labels)
-            inputs |= {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask}
-        supervised_only = self.training and targets is not None
-        rows = None if targets is None else targets != -100
-        if supervised_only:
-            inputs["use_cache"] = False
-        with head_on_rows(self.language_model, rows) if supervised_only else nullcontext():
-            outputs = self.language_model(**inputs, return_dict=True)
-
-        loss = None
-        if targets is not None:
-            logits = outputs.logits if supervised_only else outputs.logits[rows][None]
-            loss = language_modeling_loss(logits, nn.Identity(), targets[rows][None], shift=False)
-        output = Blip2ForConditionalGenerationModelOutput(
-            loss=loss,
-            logits=None if supervised_only else outputs.logits,
-            vision_outputs=BaseModelOutputWithPooling(last_hidden_state=features),
-            qformer_outputs=BaseModelOutputWithPoolingAndCrossAttentions(
-                last_hidden_state=queries, pooler_output=queries[:, 0]
-            ),
-            language_model_outputs=None if supervised_only else outputs,
+        return self.language_modeling(
+            {
+                "pixel_values": pixel_values,
+                "image_embeds": image_embeds,
+                "interpolate_pos_encoding": interpolate_pos_encoding,
+            },
+            Blip2ForConditionalGenerationModelOutput,
+            input_ids,
+            attention_mask,
+            decoder_input_ids,
+            decoder_attention_mask,
+            labels,
+            return_dict,
+            **kwargs,
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
-
-    def _checked_labels(
-        self,
-        labels: Tensor,
-        input_ids: Tensor,
-        image_mask: Tensor,
-        attention_mask: Tensor,
-        decoder_attention_mask: Tensor | None,
-    ) -> Tensor:
-        pad = pad_token_of(self.config.text_config)
-        if not self.config.use_decoder_only_language_model:
-            check_labels(labels, image_mask=None, attention_mask=decoder_attention_mask, pad_token_id=pad)
-            return labels
-        if labels.shape != input_ids.shape:
-            raise LabelError(
-                f"labels have shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}; labels must cover "
-                "the image tokens too (with -100), as those of Blip2Processor.training_inputs do"
-            )
-        check_labels(labels, image_mask=image_mask, attention_mask=attention_mask, pad_token_id=pad)
-        return labels
 
     @torch.no_grad()
     def generate(
@@ -615,42 +498,15 @@ class Blip2ForConditionalGeneration(Blip2BackboneMixin, transformers.Blip2ForCon
         Raises:
             ImageTokenError: as `forward`.
         """
-        if hasattr(self, "hf_device_map"):
-            self._preprocess_accelerate()
-        _, queries = self.query_outputs(pixel_values, image_embeds, interpolate_pos_encoding)
-        soft_prompt = self.soft_prompt(queries)
-        if input_ids is None:
-            input_ids = self._unprompted(queries.shape[0], queries.device)
-            attention_mask = None
-        image_mask = self.image_token_mask(input_ids)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        inputs = {"inputs_embeds": self._embed(input_ids, image_mask, soft_prompt), "attention_mask": attention_mask}
-        if not self.language_model.config.is_encoder_decoder:
-            inputs["input_ids"] = input_ids
-        if generate_kwargs.get("generation_config") is None and self.generation_config.suppress_tokens:
-            generate_kwargs.setdefault("suppress_tokens", self.generation_config.suppress_tokens)
-        copies = copies_a_prompt(self.language_model, generate_kwargs)
-        if copies > 1:
-            inputs["past_key_values"] = read_prompt_once(
-                self.language_model, inputs["inputs_embeds"], attention_mask, copies
-            )
-        return self.language_model.generate(**inputs, **generate_kwargs)
-
-    def _unprompted(self, batch: int, device: torch.device) -> Tensor:
-        """Image tokens and what the tokenizer gives for an empty text: OPT's and Llama's first token, T5's last."""
-        config = self.config.text_config.get_text_config()
-        token = config.bos_token_id if self.config.use_decoder_only_language_model else config.eos_token_id
-        image = [self.config.image_token_id] * self.config.num_query_tokens
-        if self.config.image_token_id is None:
-            raise ImageTokenError(
-                "config.image_token_index is not set; set it to the id of the processor's <image> token"
-            )
-        ids = image + ([] if token is None else [token])
-        return torch.tensor([ids], dtype=torch.long, device=device).repeat(batch, 1)
+        images = {
+            "pixel_values": pixel_values,
+            "image_embeds": image_embeds,
+            "interpolate_pos_encoding": interpolate_pos_encoding,
+        }
+        return self.generate_text(images, input_ids, attention_mask, **generate_kwargs)
 
 
-def _stage1_model(stage1: str | PathLike[str] | PreTrainedModel) -> PreTrainedModel:
+def stage1_model(stage1: str | PathLike[str] | PreTrainedModel) -> PreTrainedModel:
     """The retrieval model of a stage-1 checkpoint.
 
     Raises:

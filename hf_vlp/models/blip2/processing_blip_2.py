@@ -48,7 +48,70 @@ def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.convert_tokens_to_ids(str(token))
 
 
-class Blip2Processor(transformers.Blip2Processor):
+class LanguageModelTokensMixin:
+    """What a processor knows of the language model behind the Q-Former: image token, stop token, kind, padding.
+
+    Attributes:
+        encoder_decoder: whether texts go to an encoder and answers to a decoder; None: see `is_encoder_decoder`.
+        stop_token: what ends an answer; None: see `stop_token_id`.
+    """
+
+    encoder_decoder: bool | None = None
+    stop_token: str | None = None
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the image token; to be the model's `config.image_token_index`."""
+        return self.tokenizer.convert_tokens_to_ids(str(self.image_token))
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether captions go to a decoder of their own."""
+        if self.encoder_decoder is not None:
+            return self.encoder_decoder
+        return self.tokenizer.eos_token_id in self._ends()[1]
+
+    @property
+    def stop_token_id(self) -> int:
+        """The token that ends a caption; to be the language model's `eos_token_id` in generation."""
+        stop = self.stop_token
+        if stop is None and self.tokenizer.eos_token_id in self._ends()[0] and not self.is_encoder_decoder:
+            stop = "\n"
+        if stop is None:
+            if self.tokenizer.eos_token_id is None:
+                raise ValueError("the tokenizer has no end token; give the processor a stop_token that ends captions")
+            return self.tokenizer.eos_token_id
+        ids = self.tokenizer(stop, add_special_tokens=False)["input_ids"]
+        # LAVIS makes </s> the unknown token of Llama too.
+        if not ids or (ids[0] == self.tokenizer.unk_token_id and stop != self.tokenizer.unk_token):
+            raise ValueError(f"the tokenizer has no token for the stop token {stop!r}; give another stop_token")
+        return ids[0]
+
+    def _ends(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer puts before and behind a text."""
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = self.tokenizer("a")["input_ids"]
+        start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        return whole[:start], whole[start + len(bare) :]
+
+    def _padded(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        mask = pad_rows([[1] * len(ids) for ids in rows], 0)
+        return {"input_ids": pad_rows(rows, self.tokenizer.pad_token_id), "attention_mask": mask}
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        # transformers saves what a tokenizer was made with, not what was set later; padded on the right, a batch of
+        # prompts would be continued from its padding.
+        self.tokenizer.init_kwargs["padding_side"] = self.tokenizer.padding_side
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            # A fast tokenizer saves the padding and truncation of its last call, which would then be everyone's
+            # default.
+            backend.no_truncation()
+            backend.no_padding()
+        return super().save_pretrained(*args, **kwargs)
+
+
+class Blip2Processor(LanguageModelTokensMixin, transformers.Blip2Processor):
     """transformers' `Blip2Processor`, with the inputs of training and of unprompted captioning.
 
     Args:
@@ -120,40 +183,6 @@ class Blip2Processor(transformers.Blip2Processor):
         processor = cls(image_processor, tokenizer, num_query_tokens, encoder_decoder, stop_token)
         tokenizer.padding_side = "right" if processor.is_encoder_decoder else "left"
         return processor
-
-    @property
-    def image_token_id(self) -> int:
-        """Id of the image token; to be the model's `config.image_token_index`."""
-        return self.tokenizer.convert_tokens_to_ids(str(self.image_token))
-
-    @property
-    def is_encoder_decoder(self) -> bool:
-        """Whether captions go to a decoder of their own."""
-        if self.encoder_decoder is not None:
-            return self.encoder_decoder
-        return self.tokenizer.eos_token_id in self._ends()[1]
-
-    @property
-    def stop_token_id(self) -> int:
-        """The token that ends a caption; to be the language model's `eos_token_id` in generation."""
-        stop = self.stop_token
-        if stop is None and self.tokenizer.eos_token_id in self._ends()[0] and not self.is_encoder_decoder:
-            stop = "\n"
-        if stop is None:
-            if self.tokenizer.eos_token_id is None:
-                raise ValueError("the tokenizer has no end token; give the processor a stop_token that ends captions")
-            return self.tokenizer.eos_token_id
-        ids = self.tokenizer(stop, add_special_tokens=False)["input_ids"]
-        if not ids or ids[0] == self.tokenizer.unk_token_id:
-            raise ValueError(f"the tokenizer has no token for the stop token {stop!r}; give another stop_token")
-        return ids[0]
-
-    def _ends(self) -> tuple[list[int], list[int]]:
-        """The special tokens that the tokenizer puts before and behind a text."""
-        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole = self.tokenizer("a")["input_ids"]
-        start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-        return whole[:start], whole[start + len(bare) :]
 
     def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
         """Inputs of the model from images, texts or both.
@@ -235,18 +264,6 @@ class Blip2Processor(transformers.Blip2Processor):
             batch["pixel_values"] = self.image_processor(images, return_tensors="pt")["pixel_values"]
         return BatchFeature(batch)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        # transformers saves what a tokenizer was made with, not what was set later; padded on the right, a batch of
-        # prompts would be continued from its padding.
-        self.tokenizer.init_kwargs["padding_side"] = self.tokenizer.padding_side
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            # A fast tokenizer saves the padding and truncation of its last call, which would then be everyone's
-            # default.
-            backend.no_truncation()
-            backend.no_padding()
-        return super().save_pretrained(*args, **kwargs)
-
     def _causal_batch(self, texts: list[str], prompts: list[str], max_length: int | None) -> dict[str, torch.Tensor]:
         stop = self.stop_token_id
         rows, targets = [], []
@@ -259,7 +276,7 @@ class Blip2Processor(transformers.Blip2Processor):
         image = [self.image_token_id] * self.num_query_tokens
         rows = [image + ids for ids in rows]
         targets = [[-100] * len(image) + ids for ids in targets]
-        return {**self._padded(rows), "labels": _pad(targets, -100)}
+        return {**self._padded(rows), "labels": pad_rows(targets, -100)}
 
     def _encoder_decoder_batch(
         self, texts: list[str], prompts: list[str], max_length: int | None
@@ -267,7 +284,7 @@ class Blip2Processor(transformers.Blip2Processor):
         image = [self.image_token_id] * self.num_query_tokens
         rows = [image + self.tokenizer(prompt.strip())["input_ids"] for prompt in prompts]
         targets = self._cut([self.tokenizer(text.strip())["input_ids"] for text in texts], max_length)
-        labels = _pad(targets, -100)
+        labels = pad_rows(targets, -100)
         return {**self._padded(rows), "labels": labels, "decoder_attention_mask": (labels != -100).long()}
 
     def _prompted(self, prompt: str, text: str) -> tuple[list[int], int]:
@@ -300,10 +317,6 @@ class Blip2Processor(transformers.Blip2Processor):
             )
         return [ids[:max_length] for ids in rows]
 
-    def _padded(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
-        mask = _pad([[1] * len(ids) for ids in rows], 0)
-        return {"input_ids": _pad(rows, self.tokenizer.pad_token_id), "attention_mask": mask}
-
     @staticmethod
     def question(question: str, history: Sequence[tuple[str, str]] = ()) -> str:
         """The prompt with which BLIP-2 is asked about an image, after earlier turns of a conversation over it.
@@ -321,9 +334,17 @@ def default_image_processor(image_size: int) -> BlipImageProcessorPil:
     return BlipImageProcessorPil(size={"height": image_size, "width": image_size})
 
 
-def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
+def pad_rows(rows: list[list[int]], value: int) -> torch.Tensor:
+    """Rows of ids as a matrix (B, longest), padded on the right with `value`."""
     longest = max(map(len, rows), default=0)
     return torch.tensor([ids + [value] * (longest - len(ids)) for ids in rows], dtype=torch.long)
 
 
-__all__ = ["Blip2Processor", "add_decoder_token", "default_image_processor", "image_token_id"]
+__all__ = [
+    "Blip2Processor",
+    "LanguageModelTokensMixin",
+    "add_decoder_token",
+    "default_image_processor",
+    "image_token_id",
+    "pad_rows",
+]

@@ -69,6 +69,12 @@ def heads_first(states: Tensor, attention: Blip2QFormerMultiHeadAttention) -> Te
     return states.unflatten(-1, (attention.num_attention_heads, attention.attention_head_size)).transpose(1, 2)
 
 
+def entrance(qformer: nn.Module) -> tuple[nn.LayerNorm, nn.Dropout]:
+    """The LayerNorm and the dropout that queries and text pass first; InstructBLIP keeps them with its embeddings."""
+    owner = getattr(qformer, "embeddings", qformer)
+    return owner.layernorm, owner.dropout
+
+
 def project_images(qformer: Blip2QFormerModel, image_embeds: Tensor) -> ImageKeys:
     """Projects the features of I images to the keys and values of every cross-attention layer.
 
@@ -77,7 +83,7 @@ def project_images(qformer: Blip2QFormerModel, image_embeds: Tensor) -> ImageKey
     Args:
         image_embeds: (I, image tokens, encoder hidden), after the vision tower's trained LayerNorm.
     """
-    image_embeds = image_embeds.to(qformer.layernorm.weight.dtype)
+    image_embeds = image_embeds.to(entrance(qformer)[0].weight.dtype)
     layers: list[KeyValue | None] = []
     for layer in qformer.encoder.layer:
         if not layer.has_cross_attention:
@@ -285,7 +291,8 @@ def _run(
 ) -> tuple[Tensor, tuple[KeyValue, ...]]:
     """All layers; returns the last layer's kept rows and, if asked for, each layer's self-attention keys and "
     "values."""
-    hidden = qformer.dropout(qformer.layernorm(hidden.to(qformer.layernorm.weight.dtype)))
+    layernorm, dropout = entrance(qformer)
+    hidden = dropout(layernorm(hidden.to(layernorm.weight.dtype)))
     cache = []
     last = len(qformer.encoder.layer) - 1
     for index, layer in enumerate(qformer.encoder.layer):

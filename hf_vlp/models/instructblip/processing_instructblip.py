@@ -1,0 +1,191 @@
+"""Images, instructions and answers to the inputs of InstructBLIP; saved as transformers' own processor."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from transformers import BatchFeature, PreTrainedTokenizerBase, logging
+
+from hf_vlp.models.blip2.processing_blip_2 import (
+    LanguageModelTokensMixin,
+    add_decoder_token,
+    default_image_processor,
+    image_token_id,
+    pad_rows,
+)
+
+logger = logging.get_logger(__name__)
+
+
+class InstructBlipProcessor(LanguageModelTokensMixin, transformers.InstructBlipProcessor):
+    """transformers' `InstructBlipProcessor`, with the inputs of training and of images without an instruction.
+
+    Args:
+        image_processor: any image processor.
+        tokenizer: of the language model, with `<image>`.
+        qformer_tokenizer: BERT's with [DEC], as the Q-Former's embeddings were trained.
+        num_query_tokens: image tokens in front of a text.
+        encoder_decoder: whether the language model has an encoder (T5); by default whether its tokenizer puts its end
+            token behind each text.
+        stop_token: what ends an answer; by default the tokenizer's end token.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        qformer_tokenizer: PreTrainedTokenizerBase,
+        num_query_tokens: int | None = None,
+        encoder_decoder: bool | None = None,
+        stop_token: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(image_processor, tokenizer, qformer_tokenizer, num_query_tokens)
+        self.encoder_decoder = encoder_decoder
+        # LAVIS ends every answer with </s>, also where the tokenizer begins texts with it.
+        self.stop_token = stop_token or tokenizer.eos_token
+
+    @classmethod
+    def for_language_model(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        qformer_tokenizer: PreTrainedTokenizerBase,
+        num_query_tokens: int,
+        *,
+        image_size: int = 224,
+        image_processor: Any = None,
+        encoder_decoder: bool | None = None,
+        stop_token: str | None = None,
+    ) -> "InstructBlipProcessor":
+        """Adds `<image>` to the language model's tokenizer, [DEC] to the Q-Former's, and sets the padding side.
+
+        Args:
+            num_query_tokens: of the model.
+            image_size: pixels a side that the vision tower takes.
+            image_processor: instead of BLIP's with that size.
+        """
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        image_token_id(tokenizer)
+        add_decoder_token(qformer_tokenizer)
+        image_processor = image_processor or default_image_processor(image_size)
+        processor = cls(image_processor, tokenizer, qformer_tokenizer, num_query_tokens, encoder_decoder, stop_token)
+        tokenizer.padding_side = "right" if processor.is_encoder_decoder else "left"
+        return processor
+
+    def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
+        """Inputs of the model from images, instructions or both.
+
+        Args:
+            images: one image or a list of images.
+            text: one instruction or one an image. Images alone are given an empty one.
+            kwargs: as for transformers' processors. Several texts are padded if tensors are asked for.
+        """
+        if images is not None and text is None:
+            count = len(images) if isinstance(images, list | tuple) or getattr(images, "ndim", 3) == 4 else 1
+            text = [""] * count
+        if text is not None and not isinstance(text, str):
+            text = list(text)
+            if kwargs.get("return_tensors") is not None and len(text) > 1:
+                kwargs.setdefault("padding", True)
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def training_inputs(
+        self,
+        images: Any,
+        texts: Sequence[str],
+        prompt: str | Sequence[str] = "",
+        max_length: int | None = None,
+        max_prompt_length: int | None = None,
+        frames: int = 1,
+    ) -> BatchFeature:
+        """A batch of instruction tuning.
+
+        Args:
+            images: B images, or None if their features are cached.
+            texts: B answers.
+            prompt: the instruction, one for all or one an image: read by the Q-Former and by the language model, not
+                learnt.
+            max_length: longest answer in tokens, the end token included (LAVIS' `max_output_txt_len`). A longer one
+                is cut on the right; a causal language model's then loses its end token, as in LAVIS, which is logged.
+            max_prompt_length: longest instruction in tokens of either tokenizer, special ones included (LAVIS'
+                `max_txt_len`). A longer one loses its beginning.
+            frames: images a row, for video: so many times `num_query_tokens` image tokens.
+
+        Returns:
+            `pixel_values`, `qformer_input_ids`, `qformer_attention_mask` (B, Lq), `input_ids`, `attention_mask` (B, L)
+            and `labels`, all padded on the right. Causal language models: instruction and answer in one row, `labels`
+            (B, L), -100 on image tokens, instruction and padding. Encoder-decoder ones: the answer in `labels` (B,
+            target length), and `decoder_attention_mask`.
+
+        Raises:
+            ValueError: the numbers of images, answers and instructions differ.
+        """
+        texts = [text.strip() for text in texts]
+        prompts = [prompt] * len(texts) if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != len(texts):
+            raise ValueError(
+                f"{len(prompts)} instructions for {len(texts)} answers; give one instruction, or one for each answer"
+            )
+        if images is not None and isinstance(images, list | tuple) and len(images) != len(texts) * frames:
+            raise ValueError(f"{len(images)} images for {len(texts)} answers; give one answer an image")
+        prompts = [one.strip() for one in prompts]
+        asked = [cut_left(self.qformer_tokenizer, one, max_prompt_length) for one in prompts]
+        batch = {
+            "qformer_input_ids": pad_rows(asked, self.qformer_tokenizer.pad_token_id),
+            "qformer_attention_mask": pad_rows([[1] * len(ids) for ids in asked], 0),
+        }
+        instructions = [cut_left(self.tokenizer, one, max_prompt_length) for one in prompts]
+        encode = self._encoder_decoder_batch if self.is_encoder_decoder else self._causal_batch
+        batch |= encode(instructions, texts, max_length, [self.image_token_id] * self.num_query_tokens * frames)
+        if images is not None:
+            batch["pixel_values"] = self.image_processor(images, return_tensors="pt")["pixel_values"]
+        return BatchFeature(batch)
+
+    def _causal_batch(
+        self, instructions: list[list[int]], texts: list[str], max_length: int | None, image: list[int]
+    ) -> dict[str, torch.Tensor]:
+        start = len(self._ends()[0])
+        whole = [[*self.tokenizer(text)["input_ids"], self.stop_token_id] for text in texts]
+        long = sum(max_length is not None and len(ids) > max_length for ids in whole)
+        if long:
+            logger.warning_once(
+                f"{long} of {len(texts)} answers are longer than max_length={max_length} tokens: they are cut and "
+                "lose their end token, so the model does not learn to end them; raise max_length (said once)"
+            )
+        answers = [ids[:max_length][start:] for ids in whole]
+        rows = [image + asked + answer for asked, answer in zip(instructions, answers, strict=True)]
+        labels = [
+            [-100] * (len(image) + len(asked)) + answer for asked, answer in zip(instructions, answers, strict=True)
+        ]
+        return {**self._padded(rows), "labels": pad_rows(labels, -100)}
+
+    def _encoder_decoder_batch(
+        self, instructions: list[list[int]], texts: list[str], max_length: int | None, image: list[int]
+    ) -> dict[str, torch.Tensor]:
+        truncation = {} if max_length is None else {"truncation": True, "max_length": max_length}
+        labels = pad_rows([self.tokenizer(text, **truncation)["input_ids"] for text in texts], -100)
+        rows = [image + asked for asked in instructions]
+        return {**self._padded(rows), "labels": labels, "decoder_attention_mask": (labels != -100).long()}
+
+
+def cut_left(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None) -> list[int]:
+    """Ids of a text with its special tokens, at most `max_length` of them; what is too much goes from its beginning.
+
+    Raises:
+        ValueError: `max_length` leaves no room beside the special tokens.
+    """
+    bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(text)["input_ids"]
+    if max_length is None or len(whole) <= max_length:
+        return whole
+    special = len(whole) - len(bare)
+    room = max_length - special
+    if room < 1:
+        raise ValueError(f"max_prompt_length={max_length} leaves no room beside {special} special tokens; raise it")
+    start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[:start] + bare[-room:] + whole[start + len(bare) :]
+
+
+__all__ = ["InstructBlipProcessor", "cut_left"]
