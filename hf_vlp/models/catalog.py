@@ -57,7 +57,10 @@ def is_training_role(role: str) -> bool:
 _CLIP = "hf_vlp.models.clip"
 _BLIP2 = "hf_vlp.models.blip2"
 _ALBEF = "hf_vlp.models.albef"
+_LLAVA = "hf_vlp.models.llava"
 _COGVLM = "hf_vlp.models.cogvlm"
+_INSTRUCTBLIP = "hf_vlp.models.instructblip"
+_QWEN_VL = "hf_vlp.models.qwen_vl"
 
 ARCHITECTURES: dict[str, Architecture] = {
     a.model_type: a
@@ -201,6 +204,40 @@ ARCHITECTURES: dict[str, Architecture] = {
             reference="albef",
         ),
         Architecture(
+            model_type="llava",
+            title="LLaVA 1 and 1.5",
+            paper="2310.03744",
+            native=True,
+            objectives=("LM",),
+            script={"stage 1": "llava_stage1.py", "stage 2": "llava_stage2.py"},
+            classes={
+                "config": "transformers:LlavaConfig",
+                "model": f"{_LLAVA}.modeling_llava:LlavaForConditionalGeneration",
+                "captioning": f"{_LLAVA}.modeling_llava:LlavaForConditionalGeneration",
+                "vqa": f"{_LLAVA}.modeling_llava:LlavaForConditionalGeneration",
+                "chat": f"{_LLAVA}.modeling_llava:LlavaForConditionalGeneration",
+                "processor": f"{_LLAVA}.processing_llava:LlavaProcessor",
+            },
+            reference="llava",
+        ),
+        Architecture(
+            model_type="llava_next",
+            title="LLaVA-NeXT",
+            paper="2310.03744",
+            native=True,
+            objectives=("LM",),
+            script={"stage 1": "llava_stage1.py", "stage 2": "llava_stage2.py"},
+            classes={
+                "config": "transformers:LlavaNextConfig",
+                "model": f"{_LLAVA}.modeling_llava:LlavaNextForConditionalGeneration",
+                "captioning": f"{_LLAVA}.modeling_llava:LlavaNextForConditionalGeneration",
+                "vqa": f"{_LLAVA}.modeling_llava:LlavaNextForConditionalGeneration",
+                "chat": f"{_LLAVA}.modeling_llava:LlavaNextForConditionalGeneration",
+                "processor": f"{_LLAVA}.processing_llava:LlavaNextProcessor",
+            },
+            reference="llava",
+        ),
+        Architecture(
             model_type="cogvlm",
             title="CogVLM",
             paper="2311.03079",
@@ -216,6 +253,40 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "processor": f"{_COGVLM}.processing_cogvlm:CogVLMProcessor",
             },
             reference="cogvlm",
+        ),
+        Architecture(
+            model_type="instructblip",
+            title="InstructBLIP",
+            paper="2305.06500",
+            native=True,
+            objectives=("LM",),
+            script={},
+            classes={
+                "config": "transformers:InstructBlipConfig",
+                "model": f"{_INSTRUCTBLIP}.modeling_instructblip:InstructBlipForConditionalGeneration",
+                "captioning": f"{_INSTRUCTBLIP}.modeling_instructblip:InstructBlipForConditionalGeneration",
+                "vqa": f"{_INSTRUCTBLIP}.modeling_instructblip:InstructBlipForConditionalGeneration",
+                "chat": f"{_INSTRUCTBLIP}.modeling_instructblip:InstructBlipForConditionalGeneration",
+                "processor": f"{_INSTRUCTBLIP}.processing_instructblip:InstructBlipProcessor",
+            },
+            reference="instructblip",
+        ),
+        Architecture(
+            model_type="qwen_vl",
+            title="Qwen-VL",
+            paper="2308.12966",
+            native=False,
+            objectives=("LM",),
+            script={},
+            classes={
+                "config": f"{_QWEN_VL}.configuration_qwen_vl:QwenVLConfig",
+                "model": f"{_QWEN_VL}.modeling_qwen_vl:QwenVLForConditionalGeneration",
+                "captioning": f"{_QWEN_VL}.modeling_qwen_vl:QwenVLForConditionalGeneration",
+                "vqa": f"{_QWEN_VL}.modeling_qwen_vl:QwenVLForConditionalGeneration",
+                "chat": f"{_QWEN_VL}.modeling_qwen_vl:QwenVLForConditionalGeneration",
+                "processor": f"{_QWEN_VL}.processing_qwen_vl:QwenVLProcessor",
+            },
+            reference="qwen_vl",
         ),
     )
 }

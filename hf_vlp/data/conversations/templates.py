@@ -7,6 +7,9 @@ nothing is ever tokenised twice to find out how long it is.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, ClassVar, NamedTuple
 
 from .messages import Message, text_of
@@ -129,6 +132,11 @@ class Template:
         self.system = self.default_system if system is None else system
         self.image_position = image_position
 
+    @property
+    def end_of_turn(self) -> str:
+        """What follows an answer."""
+        return self.eos_token
+
     @classmethod
     def for_processor(cls, processor: Any, **options: Any) -> "Template":
         """The template with the special tokens of a processor.
@@ -214,7 +222,7 @@ def register_template(template: type[Template]) -> type[Template]:
 
 def template_names() -> list[str]:
     """Names that `make_template` knows."""
-    from . import chat  # noqa: F401  registers itself
+    from . import chat, cogvlm, qwen_vl  # noqa: F401  register themselves
 
     return sorted(_REGISTRY)
 
@@ -283,6 +291,10 @@ class PlainTemplate(Template):
 
     name = "plain"
 
+    @property
+    def end_of_turn(self) -> str:
+        return "\n"
+
     def render(self, messages: Sequence[Message]) -> RenderedConversation:
         writer = Writer()
         _, turns = self.turns(messages)
@@ -347,6 +359,10 @@ class Version0Template(Template):
     name = "v0"
     default_system = SYSTEM_HUMAN
 
+    @property
+    def end_of_turn(self) -> str:
+        return "###"
+
     def render(self, messages: Sequence[Message]) -> RenderedConversation:
         writer = Writer()
         system, turns = self.turns(messages)
@@ -396,6 +412,10 @@ class MptTemplate(Template):
 
     name = "mpt"
     default_system = SYSTEM_MPT
+
+    @property
+    def end_of_turn(self) -> str:
+        return "<|im_end|>"
 
     def render(self, messages: Sequence[Message]) -> RenderedConversation:
         writer = Writer()
