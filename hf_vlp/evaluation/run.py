@@ -4,6 +4,7 @@ import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,11 @@ class Task:
 
 
 def _imported(name: str) -> Any:
+    """`module:attribute`, or `module:function(argument)` for a function whose first argument is given."""
     module, _, attribute = name.partition(":")
-    return getattr(import_module(module), attribute)
+    attribute, _, argument = attribute.removesuffix(")").partition("(")
+    found = getattr(import_module(module), attribute)
+    return partial(found, argument) if argument else found
 
 
 TASKS: dict[str, Task] = {
@@ -55,13 +59,43 @@ TASKS: dict[str, Task] = {
     "vqa": Task(
         "hf_vlp.evaluation.vqa:evaluate_vqa",
         "vqa",
-        "generated answers by VQA accuracy with the official normalisation",
-        rows="hf_vlp.data:load_questions",
+        "generated or ranked answers (--answer_list) by VQA accuracy with the official normalisation",
+        rows="hf_vlp.data:load_task(vqa)",
+    ),
+    "visual-reasoning": Task(
+        "hf_vlp.evaluation.visual_reasoning:evaluate_visual_reasoning",
+        "visual_reasoning",
+        "statements about two images (NLVR2): accuracy and consistency",
+        rows="hf_vlp.data:load_task(visual_reasoning)",
+    ),
+    "visual-entailment": Task(
+        "hf_vlp.evaluation.visual_entailment:evaluate_visual_entailment",
+        "visual_entailment",
+        "entailment, neutral or contradiction (SNLI-VE): accuracy",
+        rows="hf_vlp.data:load_task(visual_entailment)",
+    ),
+    "dialog": Task(
+        "hf_vlp.evaluation.dialog:evaluate_dialog",
+        "dialog",
+        "candidate answers of dialogs (VisDial): R@1/5/10, MRR, mean rank, NDCG",
+        rows="hf_vlp.data:load_task(dialog)",
+    ),
+    "grounding": Task(
+        "hf_vlp.evaluation.grounding:evaluate_grounding",
+        "retrieval",
+        "maps of referring expressions: pointing game, accuracy of boxes",
+        rows="hf_vlp.data:load_task(grounding)",
     ),
     "shapes-captions": Task(
         "hf_vlp.evaluation.shapes:evaluate_shapes_captions",
         "captioning",
         "captions of Shapes scenes: share of objects with the right colour and shape",
+    ),
+    "instructions": Task(
+        "hf_vlp.evaluation.instructions:evaluate_instructions",
+        "chat",
+        "conversations answered turn by turn: share of exactly right answers",
+        rows="hf_vlp.data.conversations:load_conversations",
     ),
 }
 
@@ -136,7 +170,7 @@ def run_evaluation(
     Args:
         task: a key of `TASKS`.
         model: folder or Hub id of a model that has the task's role.
-        data: whatever `hf_vlp.data.load_pairs` (for VQA `load_questions`, for zero-shot `load_labelled`) reads:
+        data: whatever `hf_vlp.data.load_pairs` (for zero-shot `load_labelled`, for the other tasks `load_task`) reads:
             `"shapes"`, a folder, a file, a Hub id.
         split: of the data; by default `"test"`.
         batch_size: images at a time.

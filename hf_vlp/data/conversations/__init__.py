@@ -17,6 +17,7 @@ _EXPORTS = {
     "load_conversations": "loading",
     "make_template": "templates",
     "pack_lengths": "packing",
+    "prompt_batch": "prompts",
     "register_template": "templates",
     "template_names": "templates",
     "to_messages": "messages",

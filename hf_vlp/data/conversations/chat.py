@@ -102,6 +102,14 @@ class ChatTemplate(Template):
         text = self._write(messages, add_generation_prompt=True)[0]
         return RenderedConversation(text, [], self._image_spans(text))
 
+    @property
+    def end_of_turn(self) -> str:
+        asked = {"role": "user", "content": [{"type": "text", "text": "?"}]}
+        said = {"role": "assistant", "content": [{"type": "text", "text": _PROBE}]}
+        rendered = self.render([asked, said])
+        start, end = rendered.supervised[-1]
+        return rendered.text[start:end].partition(_PROBE)[2].strip() or self.eos_token
+
     def _write(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -7,9 +7,6 @@ nothing is ever tokenised twice to find out how long it is.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
-from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any, ClassVar, NamedTuple
 
 from .messages import Message, text_of
@@ -222,7 +219,7 @@ def register_template(template: type[Template]) -> type[Template]:
 
 def template_names() -> list[str]:
     """Names that `make_template` knows."""
-    from . import chat, cogvlm, qwen_vl  # noqa: F401  register themselves
+    from . import chat, cogvlm, instructblip, qwen_vl  # noqa: F401  register themselves
 
     return sorted(_REGISTRY)
 

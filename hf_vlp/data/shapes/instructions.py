@@ -1,4 +1,4 @@
-"""Shapes as instructions: conversations about scenes, whose every answer is true by construction and can be checked."""
+"""Shapes as instructions: conversations about scenes whose every answer is true by construction and can be checked."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
