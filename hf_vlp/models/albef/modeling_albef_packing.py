@@ -119,7 +119,7 @@ class PackedTexts:
         if not mask[:, :1].all() or not length:
             wrong = (~mask[:, 0]).nonzero().flatten().tolist() if length else list(range(number))
             raise ValueError(
-                f"texts {wrong} of the batch have no token in column 0, where ALBEF reads [CLS]: pad on the right "
+                f"texts {wrong} of the batch have no token in column 0, where the model reads [CLS]: pad on the right "
                 "(tokenizer.padding_side = 'right') and drop records without text"
             )
         device = input_ids.device
