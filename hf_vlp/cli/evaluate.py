@@ -12,7 +12,17 @@ from hf_vlp.cli.errors import UsageError
 from hf_vlp.cli.main import parser
 
 # The names of `hf_vlp.evaluation.run.TASKS`, repeated so that `--help` need not import it.
-TASKS = ("retrieval", "zero-shot", "captioning", "vqa", "shapes-captions")
+TASKS = (
+    "retrieval",
+    "zero-shot",
+    "captioning",
+    "vqa",
+    "visual-reasoning",
+    "visual-entailment",
+    "dialog",
+    "grounding",
+    "shapes-captions",
+)
 
 _EXAMPLES = """\
   hf-vlp evaluate retrieval --model outputs/stage1/model --data pairs.parquet --split test --rerank 128

@@ -12,6 +12,7 @@ KINDS: dict[str, str] = {
     "label": "label",
     "turns": "turns",
     "boxes": "boxes",
+    "proposals": "boxes",
 }
 
 
@@ -126,6 +127,7 @@ GROUNDING = Schema(
         "image": _IMAGE,
         "text": ("expression", "phrase", "referring_expression", "sent", *_TEXT),
         "boxes": ("boxes", "bboxes", "box", "bbox"),
+        "proposals": ("proposals",),
         "image_id": _IMAGE_ID,
     },
 )

@@ -1,6 +1,6 @@
 """Generates one text for each image, in batches, on one or several processes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,23 +70,59 @@ def generate_texts(
     """
     if generation.get("num_return_sequences", 1) != 1:
         raise ValueError("num_return_sequences: evaluation compares one text an image; leave it at 1")
+
+    def generate(inputs: dict[str, Any]) -> list[str]:
+        outputs = model.generate(**inputs, **generation)
+        added = new_tokens(outputs, inputs.get("input_ids"))
+        return [text.strip() for text in processor.batch_decode(added, skip_special_tokens=True)]
+
+    with prompts_end_together(model, processor):
+        return produce_texts(
+            model,
+            processor,
+            rows,
+            indices,
+            generate,
+            prompts,
+            batch_size=batch_size,
+            workers=workers,
+            description=description,
+            show_progress=show_progress,
+        )
+
+
+def produce_texts(
+    model: nn.Module,
+    processor: Any,
+    rows: Any,
+    indices: Sequence[int],
+    produce: Callable[[dict[str, Any]], list[str]],
+    prompts: Sequence[str] | None = None,
+    *,
+    batch_size: int = 16,
+    workers: int = 0,
+    description: str = "generating",
+    show_progress: bool = True,
+) -> tuple[list[tuple[int, str]], Skipped]:
+    """One text for each of `indices`, by whatever makes texts of a batch of inputs. Otherwise as `generate_texts`.
+
+    Args:
+        produce: inputs on the model's device to one text an image.
+    """
     own = shard(len(indices))
     source = ImageRows(rows, processor, batch_size=batch_size, workers=workers)
     texts: list[tuple[int, str]] = []
     failures: list[Failure] = []
     parameter = next(model.parameters())
-    with evaluating(model), prompts_end_together(model, processor):
+    with evaluating(model):
         mine = [indices[position] for position in own]
         batches = source.batches(mine, None if prompts is None else [prompts[position] for position in own])
         for batch in progress(batches, description, total=-(-len(own) // batch_size), show=show_progress):
             failures += batch["failures"]
             if batch["inputs"] is None:
                 continue
-            inputs = to_device(dict(batch["inputs"]), parameter.device, parameter.dtype)
-            outputs = model.generate(**inputs, **generation)
-            added = new_tokens(outputs, inputs.get("input_ids"))
-            decoded = processor.batch_decode(added, skip_special_tokens=True)
-            texts += zip((own[position] for position in batch["positions"]), (text.strip() for text in decoded))
+            made = produce(to_device(dict(batch["inputs"]), parameter.device, parameter.dtype))
+            texts += zip((own[position] for position in batch["positions"]), made, strict=True)
     return gather_lists(texts), Skipped(gather_lists(failures), len(indices))
 
 

@@ -16,6 +16,10 @@ HUB_TASKS = {
     "captioning": ("image-to-text", "Image captioning"),
     "shapes-captions": ("image-to-text", "Image captioning"),
     "vqa": ("visual-question-answering", "Visual question answering"),
+    "visual-reasoning": ("visual-reasoning", "Natural language visual reasoning"),
+    "visual-entailment": ("visual-entailment", "Visual entailment"),
+    "dialog": ("visual-dialog", "Visual dialog"),
+    "grounding": ("visual-grounding", "Visual grounding"),
 }
 
 _DIRECTIONS = {"i2t": "image→text", "t2i": "text→image", None: "both"}
@@ -27,9 +31,13 @@ _NAMES = {
     "rouge_l": "ROUGE-L",
     "vqa_accuracy": "VQA accuracy",
     "exact_match": "exact match",
+    "mrr": "MRR",
+    "ndcg": "NDCG",
+    "map_box_mean_iou": "mean IoU of the map's box",
+    **{f"recall_at_{k}": f"R@{k}" for k in (1, 5, 10)},
 } | {f"bleu_{n}": f"BLEU-{n}" for n in range(1, 10)}
 # Metrics that are no shares: papers do not multiply them by 100.
-_COUNTS = ("spurious_per_scene",)
+_COUNTS = ("spurious_per_scene", "mean_rank")
 
 
 def metric_title(name: str) -> str:
@@ -94,11 +102,16 @@ def _aligned(rows: list[tuple[str, ...]], words: int) -> list[str]:
 
 
 def write_json(data: Any, path: str | Path) -> Path:
-    """Writes JSON so that a reader never sees half a file: to a sibling first, then renamed."""
+    """Writes JSON so that a reader never sees half a file."""
+    return write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", path)
+
+
+def write_text(text: str, path: str | Path) -> Path:
+    """Writes a text so that a reader never sees half a file: to a sibling first, then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
     return path
 

@@ -1,12 +1,13 @@
-"""Visual question answering: generated answers by the official VQA accuracy, and exact match."""
+"""Visual question answering: generated or ranked answers by the official VQA accuracy, and exact match."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from hf_vlp.evaluation.generation import common_result, generate_texts
+from hf_vlp.data.readers import load_json
+from hf_vlp.evaluation.generation import common_result, generate_texts, produce_texts
 from hf_vlp.evaluation.images import column, rows_of
 from hf_vlp.evaluation.results import write_json
 from hf_vlp.evaluation.runtime import is_main
@@ -29,7 +30,9 @@ def evaluate_vqa(
     rows: Any,
     *,
     batch_size: int = 16,
-    prompt: str = DEFAULT_PROMPT,
+    prompt: str | None = None,
+    answer_list: str | Path | Sequence[str] | None = None,
+    top_k: int = 128,
     num_beams: int = 5,
     max_new_tokens: int = 10,
     length_penalty: float = -1.0,
@@ -44,14 +47,18 @@ def evaluate_vqa(
     details: bool = False,
     show_progress: bool = True,
 ) -> dict[str, Any]:
-    """Answers every question and scores the answers.
+    """Answers every question, by generating or by choosing from a list, and scores the answers.
 
     Args:
         model: of the role `vqa`, on the device it is to run on.
         processor: of the model.
         rows: `image`, `question`, and for scoring `answers`; optional `question_id`, `question_type`, `answer_type`.
         batch_size: questions at a time.
-        prompt: what the model is given; `{}` is where the question goes.
+        prompt: what the model is given; `{}` is where the question goes. By default the question alone for a model
+            that was trained to answer (one with `rank_answers`), BLIP-2's prompt for others.
+        answer_list: answers to choose from, or a JSON file with a list of them: the model ranks them (`rank_answers`)
+            and generates nothing.
+        top_k: answers that are ranked in full, those with the likeliest first token.
         num_beams, max_new_tokens, length_penalty: of beam search; a negative penalty asks for short answers, as
             BLIP-2's evaluation does.
         generation: further arguments of `generate`.
@@ -70,14 +77,19 @@ def evaluate_vqa(
         `per_answer_type` where the data has types; and `samples`.
 
     Raises:
-        ValueError: no rows, a missing column, a prompt without `{}`, unreadable images above the rate, or no answers
-            and no `answers_file` either.
+        ValueError: no rows, a missing column, a prompt without `{}`, unreadable images above the rate, no answers
+            and no `answers_file` either, or a list of answers for a model that cannot rank.
     """
     rows = rows_of(rows, limit)
     questions = column(rows, question_column)
     for row, question in enumerate(questions):
         if not isinstance(question, str):
             raise ValueError(f"row {row}: the question is {question!r}, not a text; drop the row")
+    ranks = hasattr(model, "rank_answers")
+    if answer_list is not None and not ranks:
+        raise ValueError(f"{type(model).__name__} cannot rank answers: leave answer_list out, and it generates them")
+    if prompt is None:
+        prompt = "{}" if ranks else DEFAULT_PROMPT
     if "{}" not in prompt:
         raise ValueError(f"prompt={prompt!r} has no '{{}}' for the question to go to")
     given = column(rows, answers_column, required=False)
@@ -93,21 +105,23 @@ def evaluate_vqa(
     options: dict[str, Any] = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
     if num_beams > 1:
         options["length_penalty"] = length_penalty
-    generated, skipped = generate_texts(
-        model,
-        processor,
-        rows,
-        range(len(questions)),
-        [prompt.replace("{}", question) for question in questions],
-        batch_size=batch_size,
-        workers=workers,
-        description="answering",
-        show_progress=show_progress,
-        **(options | (generation or {})),
-    )
+    prompts = [prompt.replace("{}", question) for question in questions]
+    shared = {
+        "batch_size": batch_size,
+        "workers": workers,
+        "description": "answering",
+        "show_progress": show_progress,
+    }
+    if answer_list is not None:
+        rank = answer_ranker(model, processor, answers_from(answer_list), top_k)
+        generated, skipped = produce_texts(model, processor, rows, range(len(questions)), rank, prompts, **shared)
+    else:
+        generated, skipped = generate_texts(
+            model, processor, rows, range(len(questions)), prompts, **shared, **(options | (generation or {}))
+        )
     skipped.check(max_bad_rate)
     if answers_file is not None and is_main():
-        write_json([{"question_id": ids[row], "answer": answer} for row, answer in generated], answers_file)
+        write_json([{"question_id": _number(ids[row]), "answer": answer} for row, answer in generated], answers_file)
 
     scores = {} if answers is None else score_answers(generated, answers, normalize)
     metrics = {name: sum(values) / len(values) for name, values in scores.items()}
@@ -129,6 +143,56 @@ def evaluate_vqa(
             for position, (row, answer) in enumerate(generated)
         ]
     return result
+
+
+def answers_from(answer_list: str | Path | Sequence[str]) -> list[str]:
+    """The answers of a list, or of a JSON file with one.
+
+    Raises:
+        ValueError: no list of different strings.
+    """
+    where = "answer_list"
+    answers: Any = answer_list
+    if isinstance(answer_list, str | Path):
+        where = str(answer_list)
+        answers = load_json(Path(answer_list))
+    if not isinstance(answers, Sequence) or isinstance(answers, str) or not answers:
+        raise ValueError(f"{where} is not a list of answers")
+    answers = list(answers)
+    if not all(isinstance(answer, str) and answer.strip() for answer in answers) or len(set(answers)) < len(answers):
+        raise ValueError(f"{where} must hold different texts, none of them empty")
+    return answers
+
+
+def answer_ranker(
+    model: nn.Module, processor: Any, answers: Sequence[str], top_k: int = 128
+) -> Callable[[dict[str, Any]], list[str]]:
+    """A function from inputs to the answers that `model.rank_answers` puts first.
+
+    Args:
+        model: `rank_answers(pixel_values, input_ids, attention_mask, candidate_ids=, candidate_attention_mask=,
+            top_k=)` gives an output with `answer_index` (N, k).
+        processor: `encode_answers(answers)` gives `labels` and `labels_attention_mask`.
+        answers: to choose from.
+        top_k: at most all of them.
+    """
+    encoded = processor.encode_answers(answers, return_tensors="pt")
+    device = next(model.parameters()).device
+    ids, mask = encoded["labels"].to(device), encoded["labels_attention_mask"].to(device)
+
+    def rank(inputs: dict[str, Any]) -> list[str]:
+        given = {name: inputs[name] for name in ("pixel_values", "input_ids", "attention_mask")}
+        output = model.rank_answers(
+            **given, candidate_ids=ids, candidate_attention_mask=mask, top_k=min(top_k, len(answers))
+        )
+        return [answers[best] for best in output.answer_index[:, 0].tolist()]
+
+    return rank
+
+
+def _number(value: Any) -> Any:
+    """The official evaluation compares numbers of questions with numbers."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def score_answers(

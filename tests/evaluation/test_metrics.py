@@ -51,6 +51,22 @@ SCRIPT = """
     results |= vqa.compute()
     recall = load_metric("recall_at_k")
     results |= recall.compute(predictions=[[0.1, 0.9, 0.3], [0.5, 0.5, 0.1]], references=[[2, 1], [0]], ks=[1, 2])
+    pairs = load_metric("nlvr2").compute(predictions=[1, 0, 1], references=[1, 0, 0], groups=["a", "a", "b"])
+    assert pairs == {"accuracy": 2 / 3, "consistency": 0.5}
+    entailed = load_metric("visual_entailment").compute(predictions=[0, 2], references=[0, 1])
+    assert entailed == {"accuracy": 0.5, "accuracy_contradiction": 1.0, "accuracy_neutral": 0.0}
+    turns = load_metric("visdial").compute(
+        predictions=[[0.1, 0.9], [0.1, 0.9]], references=[1, 0], relevance=[[0.0, 1.0], []]
+    )
+    assert turns == {
+        "recall_at_1": 0.5, "recall_at_5": 1.0, "recall_at_10": 1.0, "mrr": 0.75, "mean_rank": 1.5, "ndcg": 1.0
+    }
+    boxes = load_metric("box_accuracy")
+    right = [[[0, 0, 2, 2]], [[0, 0, 2, 2]]]
+    assert boxes.compute(predictions=[[0, 0, 2, 2], [1, 0, 3, 2]], references=right) == {
+        "box_accuracy": 0.5, "mean_iou": 2 / 3
+    }
+    assert boxes.compute(predictions=[[1, 1], [3, 3]], references=right) == {"pointing_game": 0.5}
     print(json.dumps(results))
 """
 

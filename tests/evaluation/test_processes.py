@@ -9,8 +9,12 @@ from hf_vlp.data import load_shapes
 from hf_vlp.data.records import ErrorRateExceeded
 from hf_vlp.evaluation import (
     evaluate_captioning,
+    evaluate_dialog,
+    evaluate_grounding,
     evaluate_retrieval,
     evaluate_shapes_captions,
+    evaluate_visual_entailment,
+    evaluate_visual_reasoning,
     evaluate_vqa,
     evaluate_zero_shot,
 )
@@ -23,6 +27,7 @@ from tests.evaluation.fakes import (
     numbered_image,
     rows_for,
 )
+from tests.evaluation.task_fakes import Classifier, Pointer, Ranker, Scorer, TaskProcessor
 from tests.tiny import blip2
 
 OWNERS = sorted([*range(7), 0, 0, 3, 6])
@@ -61,6 +66,37 @@ def everything() -> dict:
     return results
 
 
+def tasks() -> dict:
+    """The evaluations of the tasks, with a record that cannot be used."""
+    options = {"details": True, "show_progress": False, "max_bad_rate": 0.5, "batch_size": 2}
+    answers = [0, 1, 1, 0, 1, 0, 1]
+    statements = [
+        {"image_0": numbered_image(i), "image_1": numbered_image(9), "text": f"s{i}", "label": i % 2, "sentence_id": i}
+        for i in range(7)
+    ]
+    hypotheses = [{"image": numbered_image(i), "text": f"h{i}", "label": i % 3} for i in range(7)]
+    hypotheses[4]["label"] = 5
+    turns = [
+        {"question": f"q{i}", "answer": "b", "candidates": ["a", "b", "c"], "relevance": [0.5, 1.0, 0.0]}
+        for i in range(2)
+    ]
+    dialogs = [{"image": numbered_image(i), "caption": "c", "turns": turns[: 1 + i % 2]} for i in range(5)]
+    dialogs[2]["turns"] = [{**turns[0], "answer": "d"}]
+    scores = torch.rand(5, 3, generator=torch.Generator().manual_seed(1)).tolist()
+    heat = torch.rand(5, 4, 4, generator=torch.Generator().manual_seed(2))
+    boxes = [[[0.0, 0.0, 1.0, 2.0]]] * 5
+    objects = [{"image": numbered_image(i), "text": f"o{i}", "boxes": boxes[i]} for i in range(5)]
+    asked = [{"image": numbered_image(i), "question": f"q{i}?", "answers": ["x"] * 10} for i in range(5)]
+    processor = TaskProcessor()
+    return {
+        "reasoning": evaluate_visual_reasoning(Classifier(answers, 2), processor, statements, **options),
+        "entailment": evaluate_visual_entailment(Classifier(answers, 3), processor, hypotheses, **options),
+        "dialog": evaluate_dialog(Scorer(scores), processor, dialogs, **options),
+        "grounding": evaluate_grounding(Pointer(heat), processor, objects, **options),
+        "ranked": evaluate_vqa(Ranker([0, 1, 0, 0, 1]), processor, broken(asked), answer_list=["x", "y"], **options),
+    }
+
+
 def real_models() -> dict:
     rows = load_shapes("test", size=5)
     options = {"details": True, "show_progress": False, "batch_size": 2}
@@ -75,7 +111,7 @@ def real_models() -> dict:
 
 
 def all_models() -> dict:
-    return everything() | real_models()
+    return everything() | real_models() | tasks()
 
 
 @pytest.mark.parametrize(("processes", "function"), [(2, all_models), (3, everything)])

@@ -4,6 +4,7 @@ import pytest
 
 from hf_vlp.evaluation import evaluate_vqa, vqa_accuracy
 from tests.evaluation.fakes import FakeWriter, FakeWriterProcessor, numbered_image
+from tests.evaluation.task_fakes import Ranker, TaskProcessor
 from tests.tiny import blip2
 
 WRITTEN = ["Red.", "two", "yes"]
@@ -104,3 +105,28 @@ def test_batches_do_not_change_the_answers_of_blip2(kind: str):
         for size in (4, 1)
     )
     assert batched["details"] == single["details"]
+
+
+def test_answers_are_chosen_from_a_list(tmp_path):
+    answers = ["no", "red", "3"]
+    model, processor = Ranker([1, 2, 0]), TaskProcessor()
+    file = tmp_path / "submission.json"
+    data = [row | {"question_id": str(row["question_id"])} for row in rows()]
+    options = {"batch_size": 2, "show_progress": False, "answers_file": file}
+    result = evaluate_vqa(model, processor, data, answer_list=answers, **options)
+    assert result["metrics"] == {"exact_match": 2 / 3, "vqa_accuracy": 1.0}
+    # The question alone is read, and numbers of questions are numbers.
+    assert processor.texts[-1] == "what is in picture 2?" and model.top_k == [3, 3]
+    assert json.loads(file.read_text())[2] == {"question_id": 7002, "answer": "no"}
+    listed = tmp_path / "answers.json"
+    listed.write_text(json.dumps(answers))
+    assert evaluate_vqa(model, processor, data, answer_list=listed, top_k=2, **options)["metrics"] == result["metrics"]
+    assert model.top_k[2:] == [2, 2]
+
+
+def test_lists_that_no_answer_can_be_chosen_from(tmp_path):
+    for wrong, message in (([], "is not a list"), (["a", "a"], "must hold different texts"), ([""], "none of them")):
+        with pytest.raises(ValueError, match=message):
+            evaluate_vqa(Ranker([0] * 3), TaskProcessor(), rows(), answer_list=wrong, show_progress=False)
+    with pytest.raises(ValueError, match="FakeWriter cannot rank answers"):
+        evaluate(rows(), answer_list=["a"])

@@ -107,6 +107,7 @@ def grounding_rows(world: ShapesWorld, index: int) -> list[Row]:
             "image": _picture(scene),
             "text": text,
             "boxes": [[float(edge) for edge in thing.box]],
+            "proposals": [[float(edge) for edge in one.box] for one in scene.objects],
             "image_id": str(index),
             **_common(world, str(index)),
         }

@@ -95,6 +95,14 @@ class TaskDataset(Dataset):
         """Chooses the turns and the augmentation of another epoch."""
         self._epoch[0] = epoch
 
+    def row_of(self, index: int) -> int:
+        """The row that record `index` is made of."""
+        return int(self._row_of[index]) if self.all_turns else index
+
+    def turn_of(self, index: int) -> int:
+        """The turn of record `index`; only with `all_turns`."""
+        return int(self._turn_of[index])
+
     def __len__(self) -> int:
         return len(self._row_of) if self.all_turns else len(self.rows)
 
@@ -105,7 +113,7 @@ class TaskDataset(Dataset):
         index = int(index) % length
         if not self.all_turns:
             return task_record(self.task, self.rows[index], index, self.seed, self.epoch, self.transform)
-        row, turn = int(self._row_of[index]), int(self._turn_of[index])
+        row, turn = self.row_of(index), self.turn_of(index)
         return task_record(self.task, self.rows[row], index, self.seed, self.epoch, self.transform, turn, key=str(row))
 
 

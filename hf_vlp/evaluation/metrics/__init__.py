@@ -9,7 +9,18 @@
 from pathlib import Path
 from typing import Any
 
-METRICS = ("bleu", "rouge_l", "cider", "cider_d", "vqa_accuracy", "recall_at_k")
+METRICS = (
+    "bleu",
+    "rouge_l",
+    "cider",
+    "cider_d",
+    "vqa_accuracy",
+    "recall_at_k",
+    "nlvr2",
+    "visual_entailment",
+    "visdial",
+    "box_accuracy",
+)
 
 
 def metric_path(name: str) -> str:
