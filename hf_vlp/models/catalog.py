@@ -243,7 +243,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             paper="2311.03079",
             native=False,
             objectives=("LM",),
-            script={},
+            script={"stages 1, 2, SFT": "cogvlm.py"},
             classes={
                 "config": f"{_COGVLM}.configuration_cogvlm:CogVLMConfig",
                 "model": f"{_COGVLM}.modeling_cogvlm:CogVLMForConditionalGeneration",

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from .configuration_cogvlm import LANGUAGE_MODEL_TYPES, CogVLMConfig, CogVLMVisionConfig
-from .modeling_cogvlm_experts import CogVLMVisualExpert, ImageTokenError, Route, block_mask
+from .modeling_cogvlm_experts import CogVLMVisualExpert, ImageTokenError, Route, block_mask, sliding_window_of
 from .modeling_cogvlm_vision import CogVLMProjector, CogVLMVisionModel
 
 _IGNORED = -100
@@ -84,6 +84,8 @@ class CogVLMForConditionalGeneration(CogVLMPreTrainedModel, GenerationMixin):
         self.visual_experts = nn.ModuleList(
             CogVLMVisualExpert(layer, config.visual_expert_qkv_bias) for layer in self.language_model.model.layers
         )
+        # As a language model has it: adapters find their targets by its type.
+        self.visual_experts.config = config.text_config
         self.post_init()
 
     @classmethod
@@ -380,7 +382,7 @@ class CogVLMForConditionalGeneration(CogVLMPreTrainedModel, GenerationMixin):
         masks: dict[int | None, Tensor | None] = {}
         seen: list[Tensor] = []
         for expert, layer in zip(self.visual_experts, model.layers, strict=True):
-            window = getattr(layer.self_attn, "sliding_window", None)
+            window = sliding_window_of(layer.self_attn)
             if window not in masks:
                 masks[window] = self._mask(tokens, keys_mask, sequence_ids, past, window) if given is None else given
             if output_hidden_states:
@@ -475,6 +477,17 @@ class CogVLMForConditionalGeneration(CogVLMPreTrainedModel, GenerationMixin):
             kwargs["token_type_ids"] = self.token_types(ids, kwargs.get("token_type_ids"))
             # Logits processors look up the prompt's ids among the logits.
             beyond = ids >= self.config.text_config.vocab_size
+            if kwargs.get("pixel_values") is not None:
+                # Once an image, however many beams will read it.
+                with torch.no_grad():
+                    kwargs["image_embeds"] = self.encode_images(kwargs.pop("pixel_values"))
+            found = int((kwargs["token_type_ids"] == 1).sum())
+            given = len(kwargs["image_embeds"])
+            if found != given * self.config.num_image_tokens:
+                raise ImageTokenError(
+                    f"the prompts have {found} image tokens, but {given} images came, which take "
+                    f"{self.config.num_image_tokens} each"
+                )
             ids = ids.masked_fill(beyond & (kwargs["token_type_ids"] == 1), self._pad_token_id or 0)
         elif ids is not None:
             self._refuse_lonely_tokens(ids, kwargs.pop("token_type_ids", None))
@@ -500,6 +513,18 @@ class CogVLMForConditionalGeneration(CogVLMPreTrainedModel, GenerationMixin):
         mask = model_kwargs.get("attention_mask")
         tokens = torch.ones_like(types, dtype=torch.bool) if mask is None else mask != 0
         return Route.of(types, tokens, self.config.num_image_tokens).positions()
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The parent's copies of rows; a row's images are copied as a whole, in their order."""
+        types, images = kwargs.get("token_type_ids"), kwargs.pop("image_embeds", None)
+        if images is not None and expand_size > 1:
+            counts = (types == 1).sum(dim=1).div(self.config.num_image_tokens, rounding_mode="floor").tolist()
+            numbers = torch.arange(len(images), device=images.device).split(counts)
+            images = images[torch.cat([row for row in numbers for _ in range(expand_size)])]
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, kwargs if images is None else {**kwargs, "image_embeds": images}
 
     def _update_model_kwargs_for_generation(
         self, outputs: ModelOutput, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, **kwargs: Any

@@ -200,6 +200,13 @@ def block_mask(
     )
 
 
+def sliding_window_of(attention: nn.Module) -> int | None:
+    """How many tokens an attention of the language model sees, None for all."""
+    if attention.config.model_type == "mistral":
+        return attention.config.sliding_window
+    return getattr(attention, "sliding_window", None)
+
+
 def _same_shape(layer: nn.Module, bias: bool | None = None) -> nn.Linear:
     return nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None if bias is None else bias)
 
@@ -265,7 +272,7 @@ class CogVLMVisualExpert(GradientCheckpointingLayer):
             mask,
             dropout=language.attention_dropout if self.training else 0.0,
             scaling=language.scaling,
-            sliding_window=getattr(language, "sliding_window", None),
+            sliding_window=sliding_window_of(language),
         )
         mixed = route.from_grid(mixed.reshape(*route.shape, -1))
         seen, read = mixed[: route.visual], mixed[route.visual :]
@@ -310,4 +317,4 @@ def _joined(seen: Tensor, read: Tensor) -> Tensor:
     return torch.cat([seen.to(read.dtype), read])
 
 
-__all__ = ["CogVLMVisualExpert", "ImageTokenError", "Route", "block_mask"]
+__all__ = ["CogVLMVisualExpert", "ImageTokenError", "Route", "block_mask", "sliding_window_of"]

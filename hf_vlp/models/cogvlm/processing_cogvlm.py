@@ -378,6 +378,11 @@ class CogVLMProcessor(ProcessorMixin):
         features = self.image_processor(list(images), return_tensors="pt") if images else BatchFeature({})
         return BatchFeature(dict(features), tensor_type=None), [self.num_image_tokens] * len(images)
 
+    def complete_conversations(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Adds `token_type_ids` to a batch of conversations."""
+        seen = (batch["input_ids"] == self.image_token_id) & (batch["attention_mask"] != 0)
+        return {**batch, "token_type_ids": seen.long()}
+
     def decode_answers(self, ids: Any) -> list[str]:
         """Texts of generated tokens, without special ones."""
         return [one.strip() for one in self.batch_decode(ids, skip_special_tokens=True)]
