@@ -34,7 +34,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         seed: of the order.
         drop_last: leave out a last batch that is smaller than the others. A last batch with fewer records than there
             are ranks is always left out, since a rank without a record has nothing to compute.
-        dataset: told of each new epoch through its `set_epoch`, if it has one.
+        dataset: told of each new epoch through its `set_epoch`, if it has one; asked for its own order by
+            `epoch_order(epoch, global_batch_size, world_size)`, if it has that.
 
     Raises:
         ValueError: a number is not positive, or the records do not make up one batch.
@@ -99,6 +100,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
     def _order(self) -> torch.Tensor:
         if not self.shuffle:
             return torch.arange(self.length)
+        # A dataset may know better which of its records go together, for instance those of like length.
+        if hasattr(self.dataset, "epoch_order"):
+            order = self.dataset.epoch_order(self.epoch, self.global_batch_size, self.world_size)
+            if order is not None:
+                return order
         generator = torch.Generator().manual_seed(stable_hash(self.seed, "order", self.epoch))
         return torch.randperm(self.length, generator=generator)
 
