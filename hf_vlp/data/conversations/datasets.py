@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from ..hashing import record_seed
 from ..pairs import ImageTransform
 from ..streams import PairIterableDataset
+from .lengths import conversation_lengths, length_grouped_order
 
 _COLUMNS = ("images", "messages")
 
@@ -22,18 +23,43 @@ class ConversationDataset(Dataset):
         rows: a `datasets.Dataset` from `load_conversations`, or any sequence of such rows.
         seed: of the augmentation.
         transform: augmentation `(PIL image, seed) -> PIL image` of the images.
+        group_by_length: let batches hold conversations of like length, those with pictures apart from those without;
+            for padded batches, since packed ones have no padding to save.
+        image_tokens: tokens that a picture counts for in a length.
 
     Raises:
         ValueError: `rows` has no `images` or no `messages`.
     """
 
     def __init__(
-        self, rows: Sequence[Mapping[str, Any]], *, seed: int = 0, transform: ImageTransform | None = None
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        seed: int = 0,
+        transform: ImageTransform | None = None,
+        group_by_length: bool = False,
+        image_tokens: int = 0,
     ) -> None:
         _check_columns(getattr(rows, "column_names", None))
         self.rows, self.seed, self.transform = rows, seed, transform
         # In shared memory, so that `set_epoch` in the main process reaches workers that live on between epochs.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._lengths = conversation_lengths(rows, image_tokens=image_tokens) if group_by_length else None
+
+    def epoch_order(self, epoch: int, global_batch_size: int, world_size: int) -> torch.Tensor | None:
+        """The order in which an epoch reads the records; None leaves it to the loader.
+
+        Args:
+            global_batch_size: records of a batch over all processes.
+            world_size: processes.
+        """
+        if self._lengths is None:
+            return None
+        lengths, groups = self._lengths
+        order = length_grouped_order(
+            lengths, global_batch_size, seed=self.seed, epoch=epoch, groups=groups, world_size=world_size
+        )
+        return torch.from_numpy(order)
 
     @property
     def epoch(self) -> int:
