@@ -25,7 +25,7 @@ from hf_vlp.models.albef.pretraining_albef import AlbefForPreTraining
 from hf_vlp.models.albef.processing_albef import AlbefProcessor
 from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, apply_stage, parse_arguments
 from hf_vlp.training.arguments import option, run_settings
-from hf_vlp.training.data import main_process_first, pair_dataset, texts_of_rows
+from hf_vlp.training.data import main_process_first, pair_dataset, texts_of_rows, whole_batches
 from hf_vlp.training.evaluators import RetrievalEvaluator
 from hf_vlp.training.launch import say
 from hf_vlp.training.momentum import MomentumArguments, ObjectiveArguments
@@ -77,6 +77,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if folder:
         processor = AlbefProcessor.from_pretrained(folder)
         if model_args.text_assignment:
+            # It draws two other images of the batch, and a last batch may have none.
+            args.dataloader_drop_last, eval_rows = True, whole_batches(eval_rows, args)
             model = AlbefForTextAssignment.from_retrieval(folder)
         else:
             model = AlbefForPreTraining.from_pretrained(folder, image_size=model_args.image_size, **settings)

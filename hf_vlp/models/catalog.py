@@ -184,6 +184,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             script={
                 "pretrain": "albef.py",
                 "retrieval": "finetune_retrieval.py",
+                "VQA": "finetune_vqa.py",
+                "NLVR2": "finetune_nlvr2.py",
+                "entailment": "finetune_entailment.py",
             },
             classes={
                 "config": f"{_ALBEF}.configuration_albef:AlbefConfig",

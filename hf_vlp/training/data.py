@@ -5,13 +5,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hf_vlp.data import PairDataset, RecordLimits, TrainTransform, load_pairs
+from hf_vlp.data import PairDataset, RecordLimits, TrainTransform
+from hf_vlp.data.tasks import load_task
 from hf_vlp.training.arguments import option
 
 
 @dataclass
 class DataArguments:
-    """Which image-text pairs a run trains on and is evaluated on."""
+    """What a run trains on and is evaluated on: image-text pairs, or the rows of a task."""
 
     _argument_group_name: ClassVar[str] = "data"
     # Neither evaluation nor the limits on bad records decide which weights a run ends with.
@@ -21,11 +22,11 @@ class DataArguments:
 
     train_data: str = option(
         "shapes",
-        "Image-text pairs: 'shapes' (drawn on the fly), a folder (of images, parquet or tar files), a file (.parquet, "
-        ".json, .jsonl, .csv, .tar, COCO or Karpathy annotations), or a Hub id.",
+        "Data of the task (image-text pairs in pretraining): 'shapes' (drawn on the fly), a folder (images, parquet "
+        "or tar files), a file (.parquet, .json, .jsonl, .csv, .tar, annotations of the data set), or a Hub id.",
     )
     train_split: str = option("train", "Split of --train_data to train on.")
-    eval_data: str | None = option(None, "Pairs for evaluation; --train_data if left out.")
+    eval_data: str | None = option(None, "Data for evaluation; --train_data if left out.")
     eval_split: str = option("validation", "Split for evaluation; 'none' for no evaluation.")
     columns: list[str] = option(list, "Names of columns in the data, as image=IMG text=CAPTION image_id=ID.")
     image_root: str | None = option(None, "Folder that image paths in annotation files are relative to.")
@@ -43,6 +44,9 @@ class DataArguments:
     max_bad_rate: float = option(0.05, "Share of unusable records above which the run stops.")
     shapes_size: int | None = option(None, "Shapes: number of training scenes.")
     shapes_preset: str = option("default", "Shapes: 'default' or 'simple' scenes and captions.")
+    shapes_noise: float = option(
+        0.0, "Shapes: share of the training captions that are another scene's or have a word changed."
+    )
     feature_cache: str | None = option(
         None, "Folder for the frozen image encoder's features: later epochs and runs then skip the encoder."
     )
@@ -68,23 +72,27 @@ class DataArguments:
             return None
         return TrainTransform(image_size, scale=(self.crop_scale, 1.0), flip=self.flip, color_jitter=self.color_jitter)
 
-    def train_rows(self, seed: int = 0) -> Any:
-        """Rows of the training split."""
-        return self._rows(self.train_data, self.train_split, seed, self.max_train_samples, self.streaming)
+    def train_rows(self, seed: int = 0, task: str = "retrieval") -> Any:
+        """Rows of the training split, of a task of `hf_vlp.data.tasks.load_task`."""
+        return self._rows(self.train_data, self.train_split, seed, self.max_train_samples, self.streaming, task)
 
-    def eval_rows(self, seed: int = 0) -> Any | None:
+    def eval_rows(self, seed: int = 0, task: str = "retrieval") -> Any | None:
         """Rows of the evaluation split; None with `--eval_split none`."""
         if self.eval_split.lower() == "none":
             return None
-        return self._rows(self.eval_data or self.train_data, self.eval_split, seed, self.max_eval_samples, False)
+        spec = self.eval_data or self.train_data
+        return self._rows(spec, self.eval_split, seed, self.max_eval_samples, False, task)
 
-    def _rows(self, spec: str, split: str, seed: int, limit: int | None, streaming: bool) -> Any:
+    def _rows(self, spec: str, split: str, seed: int, limit: int | None, streaming: bool, task: str) -> Any:
         options: dict[str, Any] = {}
         if spec == "shapes":
             options["preset"] = self.shapes_preset
             if split == self.train_split:
                 options["size"] = self.shapes_size
-        rows = load_pairs(
+                if self.shapes_noise:
+                    options["caption_noise"] = self.shapes_noise
+        rows = load_task(
+            task,
             spec,
             split,
             streaming=streaming,
@@ -120,6 +128,18 @@ def pair_dataset(rows: Any, *, seed: int, transform: Any = None) -> Any:
     from hf_vlp.data import PairIterableDataset
 
     return PairIterableDataset(rows, seed=seed, transform=transform)
+
+
+def whole_batches(rows: Any, args: Any) -> Any | None:
+    """Rows without those that would be an evaluation's last, smaller batch; None if there is no whole one.
+
+    For models that cannot do with a small batch.
+    """
+    if rows is None:
+        return None
+    batch = args.eval_batch_size * args.world_size
+    count = len(rows) // batch * batch
+    return rows.select(range(count)) if count else None
 
 
 def texts_of_rows(rows: Any, limit: int = 100_000) -> Iterable[str]:

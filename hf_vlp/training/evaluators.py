@@ -63,7 +63,46 @@ class CaptioningEvaluator:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         from hf_vlp.evaluation import evaluate_captioning
 
+        inference = model.inference_model if isinstance(model, PreTrainingMixin) else model
         result = evaluate_captioning(
-            model, self.processor, self.rows, batch_size=self.batch_size, show_progress=False, **(self.options or {})
+            inference,
+            self.processor,
+            self.rows,
+            batch_size=self.batch_size,
+            show_progress=False,
+            **(self.options or {}),
+        )
+        return {name: value for name, value in result["metrics"].items() if isinstance(value, int | float)}
+
+
+@dataclass
+class TaskEvaluator:
+    """The metrics of a task of `hf_vlp.evaluation.run` for the model as it stands.
+
+    Attributes:
+        task: name in `hf_vlp.evaluation.run.TASKS`.
+        processor: of the model.
+        rows: as the task takes them.
+        batch_size: records at a time.
+        options: of the task's function.
+    """
+
+    task: str
+    processor: Any
+    rows: Any
+    batch_size: int = 32
+    options: dict[str, Any] | None = None
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        from hf_vlp.evaluation.run import task_named
+
+        inference = model.inference_model if isinstance(model, PreTrainingMixin) else model
+        result = task_named(self.task).load()(
+            inference,
+            self.processor,
+            self.rows,
+            batch_size=self.batch_size,
+            show_progress=False,
+            **{"max_bad_rate": 1.0, **(self.options or {})},
         )
         return {name: value for name, value in result["metrics"].items() if isinstance(value, int | float)}

@@ -1,7 +1,10 @@
 """What the fine-tuning scripts share: the model and the processor of a task, from any architecture that has it."""
 
+import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
@@ -112,3 +115,49 @@ def apply_task_stage(model: nn.Module, stage: str = "") -> StageReport:
     """`apply_stage` for fine-tuning: the stage `"finetune"`, or the first one where there is none of that name."""
     stages = getattr(model, "stages", {})
     return apply_stage(model, stage or ("finetune" if "finetune" in stages else next(iter(stages))))
+
+
+def most_frequent_answers(rows: Any, count: int) -> list[str]:
+    """The answers that most rows of a question-answering set have, the most frequent first.
+
+    Args:
+        rows: with `answers`, lists of strings.
+        count: how many at most.
+
+    Raises:
+        ValueError: no row has an answer.
+    """
+    found: Counter[str] = Counter()
+    column = rows.select_columns(["answers"]) if hasattr(rows, "select_columns") else rows
+    for row in column:
+        listed = [row["answers"]] if isinstance(row["answers"], str) else row["answers"] or []
+        found.update({answer.strip() for answer in listed if isinstance(answer, str) and answer.strip()})
+    if not found:
+        raise ValueError("no row of the training data has an answer; name a file by --answer_list")
+    # Ties by the alphabet, so that every process ranks the same list.
+    return sorted(found, key=lambda answer: (-found[answer], answer))[:count]
+
+
+def read_answers(path: str | Path) -> list[str]:
+    """A closed list of answers from a JSON file.
+
+    Raises:
+        ValueError: the file holds no list of texts.
+    """
+    listed = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(listed, list) or not listed or not all(isinstance(answer, str) for answer in listed):
+        raise ValueError(f'{path} must hold a JSON list of answers, as ["yes", "no", …]')
+    return listed
+
+
+def answer_options(task: Any, rows: Any) -> dict[str, Any]:
+    """How the answers are found in the evaluation, as options of `hf_vlp.evaluation.evaluate_vqa`.
+
+    Args:
+        task: with `answering`, `answer_list`, `answer_count` and `rank`.
+        rows: of the training data, whose answers are ranked where no list is given.
+    """
+    if task.answering == "generate":
+        return {"prompt": "{}"}
+    listed = read_answers(task.answer_list) if task.answer_list else most_frequent_answers(rows, task.answer_count)
+    return {"answer_list": listed, "top_k": min(task.rank, len(listed))}

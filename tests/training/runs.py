@@ -14,6 +14,7 @@ from transformers import CLIPConfig
 from hf_vlp.data import CaptioningCollator, ImageTextCollator, PairDataset
 from hf_vlp.models.clip.pretraining_clip import CLIPForPreTraining
 from hf_vlp.training import VLPTrainer, VLPTrainingArguments, apply_stage
+from tests.tiny import albef as tiny_albef
 from tests.tiny import blip2 as tiny_blip2
 from tests.tiny import clip as tiny_clip
 
@@ -89,6 +90,34 @@ def stage1_trainer(folder: str | Path, *, dropout: float = 0.0, **changes: Any) 
     )
     processor = tiny_blip2.retrieval_processor()
     apply_stage(model, "stage1")
+    return VLPTrainer(
+        model, arguments(folder, **changes), ImageTextCollator(processor), PairDataset(rows(), seed=1),
+        processing_class=processor,
+    )  # fmt: skip
+
+
+def albef_model(*, dropout: float = 0.0, **settings: Any) -> tuple[nn.Module, Any]:
+    """A tiny ALBEF in pretraining, whose queue wraps around within a few batches, and its processor."""
+    from hf_vlp.models.albef.pretraining_albef import AlbefForPreTraining
+    from hf_vlp.models.albef.processing_albef import AlbefProcessor
+
+    tokenizer = tiny_blip2.bert_tokenizer()
+    config = tiny_albef.albef_config()
+    config.text_config.vocab_size = len(tokenizer)
+    config.text_config.hidden_dropout_prob = config.text_config.attention_probs_dropout_prob = dropout
+    config.use_tokenizer(tokenizer)
+    torch.manual_seed(3)
+    model = AlbefForPreTraining(config, **({"queue_size": 13, "alpha_warmup_steps": 3, "momentum": 0.9} | settings))
+    tiny_albef.spread_weights(model.retrieval)
+    model.reset_momentum()
+    return model, AlbefProcessor.for_image_size(tokenizer, tiny_albef.IMAGE_SIZE)
+
+
+def albef_trainer(
+    folder: str | Path, *, dropout: float = 0.0, model_settings: dict[str, Any] | None = None, **changes: Any
+) -> VLPTrainer:
+    model, processor = albef_model(dropout=dropout, **(model_settings or {}))
+    apply_stage(model, "pretrain")
     return VLPTrainer(
         model, arguments(folder, **changes), ImageTextCollator(processor), PairDataset(rows(), seed=1),
         processing_class=processor,

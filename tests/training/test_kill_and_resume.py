@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-KINDS = ("clip", "stage1", "stage2")
+KINDS = ("clip", "stage1", "stage2", "albef")
 STEPS = 8
 OPTIONS = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
 # Moments of a checkpoint: after the model's files, after all, before and after the rename, while an old one goes.
@@ -33,6 +33,8 @@ def trainer_of(kind: str, folder: Path) -> Any:
         return runs.clip_trainer(folder, dropout=0.3, data=runs.rows(bad=(5,)), **OPTIONS)
     if kind == "stage1":
         return runs.stage1_trainer(folder, dropout=0.2, **OPTIONS)
+    if kind == "albef":
+        return runs.albef_trainer(folder, dropout=0.2, **OPTIONS)
     return runs.stage2_trainer(folder, lora_r=2, gradient_accumulation_steps=2, **OPTIONS)
 
 

@@ -15,6 +15,8 @@ from tests.training import runs
 pytestmark = pytest.mark.slow
 # Plain SGD: Adam divides by the gradient's size, which would blow rounding up where a gradient is all but zero.
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 5}
+# Where such steps would be too large for rounding to stay small.
+GENTLE = {"learning_rate": 0.01}
 
 
 def language_model(folder, **changes):
@@ -67,6 +69,10 @@ TRAINERS = {
         folder, gradient_accumulation_steps=2, **changes
     ),
     "language model": language_model,
+    "albef": lambda folder, **changes: runs.albef_trainer(folder, **(changes | GENTLE)),
+    "albef, random negatives": lambda folder, **changes: runs.albef_trainer(
+        folder, model_settings={"negatives": "random", "objectives": ("itc", "itm")}, **(changes | GENTLE)
+    ),
 }
 
 
@@ -97,6 +103,8 @@ def everything(folder: str) -> dict:
     results["whole"] = resume_rank(f"{folder}/whole", 0)
     results["broken"] = resume_rank(f"{folder}/broken", 3)
     results["resumed"] = resume_rank(f"{folder}/broken", 0)
+    for across in ("joined", "local"):
+        results[f"albef, {across}"] = albef_rank(f"{folder}/albef_{across}", across)
     return results
 
 
@@ -191,3 +199,30 @@ def test_two_ranks_resume_to_the_bit_with_dropout(ranks: list[dict]):
     whole, broken, resumed = (runs.fingerprint(ranks[0][name]["weights"]) for name in ("whole", "broken", "resumed"))
     assert whole == resumed
     assert whole != broken
+
+
+STEPS = 20
+
+
+def albef_rank(folder: str, across: str) -> dict:
+    """ALBEF with AdamW and dropout: queue, pointer and twin have to agree although the ranks' masks differ."""
+    trainer = runs.albef_trainer(
+        folder, dropout=0.1, model_settings={"across_ranks": across}, per_device_train_batch_size=4, max_steps=STEPS
+    )
+    before = runs.weights(trainer.model)
+    trainer.train()
+    return {"before": before, "weights": runs.weights(trainer.model)}
+
+
+@pytest.mark.parametrize("across", ["joined", "local"])
+def test_queue_pointer_and_twin_of_albef_agree_after_twenty_steps(ranks: list[dict], across: str):
+    first, second = (rank[f"albef, {across}"]["weights"] for rank in ranks)
+    before = ranks[0][f"albef, {across}"]["before"]
+    assert set(first) == set(second)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    assert int(first["steps"]) == STEPS
+    # 22 rows: six epochs of 8, 8 and 6 pairs, and two batches of 8 more.
+    assert int(first["queue.position"]) == (6 * 22 + 16) % 13
+    moved = {name.split(".")[0] for name, value in first.items() if not torch.equal(value, before[name])}
+    assert {"queue", "momentum", "retrieval", "mlm_head"} <= moved

@@ -595,6 +595,7 @@ class AlbefForTextAssignment(PreTrainingMixin, AlbefPreTrainedModel):
         pixel_values: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        image_ids: Tensor | None = None,
         draws: tuple[Tensor, Tensor, Tensor] | None = None,
         generator: torch.Generator | None = None,
         return_loss: bool = True,
@@ -605,6 +606,7 @@ class AlbefForTextAssignment(PreTrainingMixin, AlbefPreTrainedModel):
             pixel_values: (B, 3, H, W), B at least 3.
             input_ids: (B, L).
             attention_mask: (B, L).
+            image_ids: (B,) images of one id are never each other's other image, if there is any else.
             draws: `branch`, `order` and `others` of `assign` instead of drawn ones.
             generator: source of the draws.
             return_loss: only tells `Trainer` that a loss comes without labels.
@@ -621,6 +623,8 @@ class AlbefForTextAssignment(PreTrainingMixin, AlbefPreTrainedModel):
             )
         features = unit_vectors(self.vision_projection(image_states[:, 0]))
         weights = self.sampling_weights(features)
+        if image_ids is not None:
+            weights = weights.masked_fill(image_ids[:, None] == image_ids[None, :], 0.0)
         if draws is None:
             device = torch.device("cpu") if generator is None else generator.device
             branch, order = torch.rand(2, number, generator=generator, device=device).to(weights.device)
