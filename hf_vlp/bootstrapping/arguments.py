@@ -116,8 +116,8 @@ def run_arguments(arguments: CapFiltArguments, say: Callable[[str], None] | None
             options: dict[str, Any] = {}
             if spec.partition(":")[0] == "shapes":
                 options = {"seed": arguments.seed, **_values("--shapes", arguments.shapes)}
-            sources.append(
-                open_source(
+            try:
+                source = open_source(
                     spec,
                     origin,
                     split,
@@ -126,7 +126,9 @@ def run_arguments(arguments: CapFiltArguments, say: Callable[[str], None] | None
                     image_root=arguments.image_root,
                     **options,
                 )
-            )
+            except TypeError as error:
+                raise ValueError(f"--shapes: {error}") from error
+            sources.append(source)
     captioner = text_filter = None
     if arguments.captioner is not None:
         loaded = load_model_and_processor(arguments.captioner, "captioning", dtype=arguments.dtype)

@@ -24,7 +24,7 @@ def model_fingerprint(model: nn.Module, processor: Any = None) -> str:
     digest = blake2b(digest_size=16)
     digest.update(type(model).__name__.encode())
     config = getattr(model, "config", None)
-    if config is not None:
+    if hasattr(config, "to_dict"):
         digest.update(_json(_without_origin(config.to_dict())))
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

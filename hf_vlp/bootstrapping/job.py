@@ -465,7 +465,7 @@ class _Job:
 
     def _finish(self, rank: int, say: Callable[[str], None], word: str) -> dict[str, Any]:
         """The summary, the page and the card; each process can make them, the first one does."""
-        totals = self.ledger.totals()
+        totals = self.ledger.totals(self.limits.max_examples)
         totals.report.check(self.limits, final=True)
         summary = write_summary(self.ledger, self.recorded(), totals, write=rank == 0)
         if rank == 0:

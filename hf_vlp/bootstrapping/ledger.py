@@ -228,9 +228,9 @@ class Ledger:
                     last = self.entries[name].last
                     chunk += 1
 
-    def totals(self) -> "Totals":
-        """The sum of all entries."""
-        totals = Totals()
+    def totals(self, max_examples: int = 5) -> "Totals":
+        """The sum of all entries, with so many bad records of each reason by name."""
+        totals = Totals(max_examples=max_examples)
         for name in sorted(self.entries):
             totals.add(self.entries[name])
         return totals
@@ -268,10 +268,11 @@ class Totals:
     images: int = 0
     seconds: float = 0.0
     files: int = 0
+    max_examples: int = 5
 
     def add(self, entry: UnitEntry) -> None:
         """Adds a unit."""
-        self.report.merge(entry.report)
+        self.report.merge(entry.report, self.max_examples)
         for origin, counts in entry.texts.items():
             self.texts.setdefault(origin, Counts()).add(counts)
         self.images += entry.images

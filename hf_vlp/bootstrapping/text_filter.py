@@ -136,7 +136,7 @@ class TextFilter:
         if self.settings.itc_threshold is None:
             return [None] * len(index)
         wanted, place = index.unique(return_inverse=True)
-        similarity = self.model.similarity(images[wanted], self.model.embed_texts(**texts))
+        similarity = self.model.similarity(images.itc[wanted], self.model.embed_texts(**texts))
         return _rounded(similarity.gather(0, place[None])[0])
 
 
