@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("hf_vlp.cli.train", "run a training script, on one process or several"),
     "evaluate": ("hf_vlp.cli.evaluate", "measure a model: retrieval, zero-shot, captioning, vqa"),
     "caption": ("hf_vlp.cli.caption", "write captions for images"),
+    "capfilt": ("hf_vlp.cli.capfilt", "caption and filter image-text data into the next pretraining set"),
     "convert": ("hf_vlp.cli.convert", "turn an original checkpoint into a folder for transformers"),
     "card": ("hf_vlp.cli.card", "write the model card of a folder and complete it for the Hub"),
     "push": ("hf_vlp.cli.push", "upload a folder to the Hub"),
