@@ -21,6 +21,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "caption": ("hf_vlp.cli.caption", "write captions for images"),
     "capfilt": ("hf_vlp.cli.capfilt", "caption and filter image-text data into the next pretraining set"),
     "convert": ("hf_vlp.cli.convert", "turn an original checkpoint into a folder for transformers"),
+    "new": ("hf_vlp.cli.new", "put a vision tower and a language model together with a new connector"),
+    "merge": ("hf_vlp.cli.merge", "put LoRA adapters into the model that they were trained on"),
     "card": ("hf_vlp.cli.card", "write the model card of a folder and complete it for the Hub"),
     "push": ("hf_vlp.cli.push", "upload a folder to the Hub"),
     "list": ("hf_vlp.cli.catalogue", "show the architectures, scripts and formats"),

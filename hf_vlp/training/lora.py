@@ -53,6 +53,21 @@ class LoraArguments:
     )
 
 
+def language_model_path(model: nn.Module) -> str:
+    """Where a model keeps its language model: `language_model` (BLIP-2), `model.language_model` (LLaVA), or what its
+    attribute `language_model_path` says.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    named = getattr(model, "language_model_path", None)
+    modules = dict(model.named_modules())
+    for path in [named] if named else ["language_model", "model.language_model"]:
+        if path in modules:
+            return path
+    raise ValueError(f"{type(model).__name__} has no language model for adapters; its parts are {sorted(modules)[:8]}")
+
+
 def lora_layers(module: nn.Module) -> dict[str, nn.Module]:
     """Layers with an adapter, by path."""
     from peft.tuners.lora import LoraLayer
@@ -99,7 +114,7 @@ def resolve_targets(language_model: nn.Module, targets: list[str] | None = None)
     return found
 
 
-def add_lora(model: nn.Module, arguments: LoraArguments, *, path: str = "language_model") -> list[str]:
+def add_lora(model: nn.Module, arguments: LoraArguments, *, path: str | None = None) -> list[str]:
     """Puts adapters into `model.<path>`; only they train there. Call it after `apply_stage`.
 
     A fresh adapter leaves the outputs as they are (its second matrix is zero). Adapters are float32 whatever the type
@@ -108,7 +123,7 @@ def add_lora(model: nn.Module, arguments: LoraArguments, *, path: str = "languag
     Args:
         model: contains the language model.
         arguments: rank and targets; a rank of 0 does nothing.
-        path: of the language model in `model`.
+        path: of the language model in `model`; by default `language_model_path`.
 
     Returns:
         Paths, in the language model, of the adapted layers.
@@ -122,6 +137,7 @@ def add_lora(model: nn.Module, arguments: LoraArguments, *, path: str = "languag
         raise ValueError(f"--lora_r must not be negative, not {arguments.lora_r}")
     from peft import LoraConfig, inject_adapter_in_model
 
+    path = path or language_model_path(model)
     language_model = model.get_submodule(path)
     if lora_layers(language_model):
         raise ValueError(f"{path} has LoRA adapters already; merge them (hf_vlp.training.lora.merge) or load without")
@@ -180,11 +196,11 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-def save_adapter(model: nn.Module, folder: str | Path, *, path: str = "language_model") -> Path:
+def save_adapter(model: nn.Module, folder: str | Path, *, path: str | None = None) -> Path:
     """Writes the adapters alone in peft's format: `PeftModel.from_pretrained(language_model, folder)` loads them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    language_model = model.get_submodule(path)
+    language_model = model.get_submodule(path or language_model_path(model))
     config = language_model.peft_config[ADAPTER]
     config.save_pretrained(folder)
     tensors = {
@@ -196,8 +212,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, path: str = "language_
     return folder
 
 
-def load_adapter(model: nn.Module, folder: str | Path, *, path: str = "language_model") -> None:
-    """Puts saved adapters into `model.<path>`.
+def load_adapter(model: nn.Module, folder: str | Path, *, path: str | None = None) -> None:
+    """Puts saved adapters into `model.<path>`, by default its language model.
 
     Raises:
         FileNotFoundError: the folder holds no adapter.
@@ -209,7 +225,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, path: str = "language_
     folder = Path(folder)
     if not (folder / "adapter_model.safetensors").is_file():
         raise FileNotFoundError(f"{folder} has no adapter_model.safetensors; name the folder of a saved adapter")
-    language_model = model.get_submodule(path)
+    language_model = model.get_submodule(path or language_model_path(model))
     inject_adapter_in_model(LoraConfig.from_pretrained(folder), language_model, ADAPTER)
     saved = {
         re.sub(r"\.(lora_[A-Za-z_]+)\.", rf".\1.{ADAPTER}.", name.removeprefix("base_model.model.")): value

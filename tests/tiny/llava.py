@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
@@ -87,6 +89,26 @@ def language_model(vocab_size: int, width: int = 24, **options: Any) -> LlamaFor
             **options,
         )
     )
+
+
+_SIZES: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+_LLAMA: dict[str, Any] = {**_SIZES, "intermediate_size": 32, "num_key_value_heads": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "qwen2": {**_LLAMA, "tie_word_embeddings": True},
+    "mistral": {**_LLAMA, "sliding_window": 6},
+    "opt": {**_SIZES, "ffn_dim": 32, "word_embed_proj_dim": 24, "max_position_embeddings": 128, "dropout": 0.0},
+    "gpt2": {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 128},
+}
+
+
+def any_language_model(family: str, vocab_size: int) -> PreTrainedModel:
+    """A causal language model of one of `FAMILIES`."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family, vocab_size=vocab_size, bos_token_id=1, eos_token_id=2, pad_token_id=0, **FAMILIES[family]
+    )
+    return AutoModelForCausalLM.from_config(config)
 
 
 def llava(

@@ -173,7 +173,15 @@ def model_from_parts(
     if tiles:
         settings["image_grid_pinpoints"] = [list(p) for p in processor.image_processor.image_grid_pinpoints]
         check_grids(settings["image_grid_pinpoints"], square_size(tower.config))
+    body = language_model.base_model
     text_config = language_model.config.get_text_config()
+    if text_config.tie_word_embeddings and not hasattr(body, "embed_tokens"):
+        # The native format ties the head to `embed_tokens`; where the embeddings are called otherwise (OPT, GPT-2) a
+        # tied folder cannot be opened, so the head becomes a matrix of its own, with the same numbers.
+        head = _untied(head)
+        text_config = copy.deepcopy(text_config)
+        text_config.tie_word_embeddings = False
+        body.config.tie_word_embeddings = False
     strategy = processor.vision_feature_select_strategy
     config = cls.config_class(
         vision_config=tower.config.to_dict(),
@@ -188,7 +196,6 @@ def model_from_parts(
     )
     with torch.device("meta"), init.no_init_weights():
         model = cls(config)
-    body = language_model.base_model
     if type(model.model.language_model) is not type(body):
         raise ValueError(
             f"AutoModel makes a {type(model.model.language_model).__name__} of the config of "
@@ -246,6 +253,12 @@ def _plain_head(language_model: PreTrainedModel) -> nn.Linear:
             "without bias"
         )
     return head
+
+
+def _untied(head: nn.Linear) -> nn.Linear:
+    own = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+    own.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    return own
 
 
 def _logits(language_model: PreTrainedModel, input_ids: Tensor) -> Tensor:

@@ -24,11 +24,13 @@ from transformers.utils import ModelOutput
 from hf_vlp.models.blip2.backbone_blip_2 import ImageTokenError, MissingWeightsError, trains
 from hf_vlp.models.blip2.language_blip_2 import LabelError
 from hf_vlp.models.llava.anyres_llava import MERGE_TYPES, MergeType, TileError, grid_shape, merge_tiles
-from hf_vlp.models.llava.packing_llava import flattened, packed_positions, supervised_labels
+from hf_vlp.models.llava.packing_llava import flattened, packed_mask, packed_positions, supervised_labels
 from hf_vlp.objectives.language import language_modeling_loss
 
 # Logits that exist at a time in training; more are computed in pieces.
 LOGITS_AT_A_TIME = 2**25
+# Positions that a piece has at least.
+SMALLEST_PIECE = 64
 
 
 class LlavaMixin:
@@ -374,10 +376,9 @@ class LlavaMixin:
         if flattened(language_model):
             # Variable-length flash attention reads one long row and finds the borders in its positions.
             inputs_embeds, positions = inputs_embeds.flatten(0, 1)[None], positions.flatten()[None]
-        # Without a mask, but with positions that start anew, transformers makes the block-diagonal causal mask itself,
-        # in the form that the attention implementation and the layer (full, sliding window) want.
+        mask = packed_mask(sequence_ids, language_model, inputs_embeds.dtype)
         return language_model(
-            inputs_embeds=inputs_embeds, position_ids=positions, attention_mask=None, **{**kwargs, "use_cache": False}
+            inputs_embeds=inputs_embeds, position_ids=positions, attention_mask=mask, **{**kwargs, "use_cache": False}
         )
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -385,7 +386,7 @@ class LlavaMixin:
         vocabulary = self.lm_head.weight.shape[0]
         supervised = int((labels[:, 1:] != -100).sum())
         # A frozen head in float16 or the like is used as it is; the loss is taken in float32.
-        pieces = max(64, LOGITS_AT_A_TIME // max(vocabulary, 1))
+        pieces = max(SMALLEST_PIECE, LOGITS_AT_A_TIME // max(vocabulary, 1))
         return language_modeling_loss(hidden, head, labels, chunk_size=pieces if supervised > pieces else None)
 
     def _training_head(self) -> Any:

@@ -118,17 +118,50 @@ def chat_template_of(tokenizer: PreTrainedTokenizerBase, template: str | None = 
     raise ValueError(f"unknown template {template!r}; known: {[*sorted(CHAT_TEMPLATES), 'chat']}, or a Jinja template")
 
 
+def use_template(processor: Any, template: str) -> Any:
+    """Has a processor prompt as the model is trained to answer; returns the processor.
+
+    A training template without an inference form here leaves the processor's chat template as it is.
+
+    Args:
+        template: name of a training template (`hf_vlp.data.conversations`).
+    """
+    if template in CHAT_TEMPLATES or template == "chat":
+        processor.chat_template = chat_template_of(processor.tokenizer, template)
+    return processor
+
+
 class LlavaProcessorMixin:
     """What both processors add to the native ones."""
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
-        token = getattr(tokenizer, "image_token", None) or kwargs.get("image_token", IMAGE_TOKEN)
+    # Every argument by name: transformers saves those that it finds in the signature.
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        patch_size: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        chat_template: str | None = None,
+        image_token: str = IMAGE_TOKEN,
+        num_additional_image_tokens: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        token = getattr(tokenizer, "image_token", None) or image_token
         if tokenizer is not None and str(token) not in tokenizer.get_vocab():
             raise ImageTokenMissingError(
                 f"the tokenizer {tokenizer.name_or_path!r} has no token {str(token)!r} to stand for a picture; make "
                 f"the processor with {type(self).__name__}.for_language_model, which adds it"
             )
-        super().__init__(image_processor, tokenizer, **kwargs)
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
 
     def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
         """Inputs of the model.
@@ -304,4 +337,5 @@ __all__ = [
     "LlavaProcessor",
     "add_image_token",
     "chat_template_of",
+    "use_template",
 ]
