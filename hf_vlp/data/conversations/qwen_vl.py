@@ -29,6 +29,10 @@ class QwenVLTemplate(Template):
         super().__init__(**options)
         self.number_pictures = number_pictures
 
+    @property
+    def end_of_turn(self) -> str:
+        return "<|im_end|>"
+
     def render(self, messages: Sequence[Message]) -> RenderedConversation:
         writer = Writer()
         system, turns = self.turns(messages)
