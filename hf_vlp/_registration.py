@@ -192,17 +192,22 @@ def _shipped_name(impl: str) -> str:
 def _register_pipelines(module: ModuleType) -> None:
     from transformers.models.auto import modeling_auto
 
-    from hf_vlp.pipelines.loading import RetrievalLoader
+    from hf_vlp.pipelines.loading import AnsweringLoader, RetrievalLoader, ZeroShotLoader
 
     registry = module.PIPELINE_REGISTRY
     for task, (impl, auto_classes, kind, default) in TASKS.items():
         loaders: list[type] = [getattr(modeling_auto, name) for name in auto_classes if hasattr(modeling_auto, name)]
-        if task == "image-text-matching":
-            loaders.insert(0, RetrievalLoader)
+        if task in (own := {"image-text-matching": RetrievalLoader, "image-question-answering": AnsweringLoader}):
+            loaders.insert(0, own[task])
         entry: dict[str, Any] = {"impl": impl, "pt": tuple(loaders), "type": kind}
         if default is not None:
             entry["default"] = {"model": default}
         registry.supported_tasks.setdefault(task, entry)
+
+    stock = registry.supported_tasks.get("zero-shot-image-classification")
+    if stock is not None:
+        stock["impl"] = "hf_vlp.pipelines.zero_shot_image_classification.ProtocolZeroShotPipeline"
+        stock["pt"] = (ZeroShotLoader, *stock["pt"])
 
     resolve = module._resolve_deprecated_task
 

@@ -39,6 +39,10 @@ SHIPPED_PIPELINES: dict[str, dict[str, tuple[str, str, tuple[str, ...]]]] = {
     },
 }
 SHIPPED_PIPELINES["zero_shot"] = SHIPPED_PIPELINES["retrieval"]
+SHIPPED_PIPELINES["vqa"] = dict.fromkeys(
+    ("visual-question-answering", "image-question-answering"),
+    ("image_question_answering", "ImageQuestionAnsweringPipeline", ("AutoModelForVisualQuestionAnswering",)),
+)
 
 
 def save_for_hub(

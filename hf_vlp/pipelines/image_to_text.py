@@ -187,14 +187,24 @@ class ImageToTextPipeline(ImagePipeline):
                 return module
         return None
 
+    def _encodes_questions(self) -> bool:
+        """Does the text go to an encoder of its own, whose states a decoder answers from (ALBEF's and BLIP's VQA)?"""
+        parts = ("text_encoder", "text_decoder")
+        return hasattr(self.model, "encode_questions") or all(hasattr(self.model, part) for part in parts)
+
     def _encoder_decoder(self) -> bool:
         """Does `generate` return only new tokens, because the prompt went to an encoder?"""
+        if self._encodes_questions():
+            return True
         language_model = self._language_model()
         config = self.model.config if language_model is None else language_model.config
         return bool(getattr(config, "is_encoder_decoder", False) or self.model.config.is_encoder_decoder)
 
     def _padding_is_exact(self) -> bool:
         """Do positions follow the attention mask, so that padding in front changes nothing?"""
+        # The native class of BLIP lets its decoder look at padded positions of the question.
+        if self._encodes_questions():
+            return hasattr(self.model, "encode_questions")
         language_model = self._language_model()
         if language_model is None:
             return False
