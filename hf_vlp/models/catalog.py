@@ -263,7 +263,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             paper="2305.06500",
             native=True,
             objectives=("LM",),
-            script={},
+            script={"instruct": "instructblip.py"},
             classes={
                 "config": "transformers:InstructBlipConfig",
                 "model": f"{_INSTRUCTBLIP}.modeling_instructblip:InstructBlipForConditionalGeneration",
@@ -280,7 +280,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             paper="2308.12966",
             native=False,
             objectives=("LM",),
-            script={},
+            script={"pretrain, multitask, sft": "qwen_vl.py"},
             classes={
                 "config": f"{_QWEN_VL}.configuration_qwen_vl:QwenVLConfig",
                 "model": f"{_QWEN_VL}.modeling_qwen_vl:QwenVLForConditionalGeneration",

@@ -17,6 +17,9 @@ from hf_vlp.models.blip2.processing_blip_2 import (
 
 logger = logging.get_logger(__name__)
 
+# What a tokenizer is told by the caller of a processor.
+_TEXT_OPTIONS = ("padding", "truncation", "max_length", "pad_to_multiple_of", "return_tensors")
+
 
 class InstructBlipProcessor(LanguageModelTokensMixin, transformers.InstructBlipProcessor):
     """transformers' `InstructBlipProcessor`, with the inputs of training and of images without an instruction.
@@ -42,6 +45,8 @@ class InstructBlipProcessor(LanguageModelTokensMixin, transformers.InstructBlipP
         **kwargs: Any,
     ) -> None:
         super().__init__(image_processor, tokenizer, qformer_tokenizer, num_query_tokens)
+        # Its positions are counted from the left of the row, padding included.
+        qformer_tokenizer.padding_side = "right"
         self.encoder_decoder = encoder_decoder
         # LAVIS ends every answer with </s>, also where the tokenizer begins texts with it.
         self.stop_token = stop_token or tokenizer.eos_token
@@ -89,7 +94,14 @@ class InstructBlipProcessor(LanguageModelTokensMixin, transformers.InstructBlipP
             text = list(text)
             if kwargs.get("return_tensors") is not None and len(text) > 1:
                 kwargs.setdefault("padding", True)
-        return super().__call__(images=images, text=text, **kwargs)
+        made = super().__call__(images=images, text=text, **kwargs)
+        if isinstance(text, list) and kwargs.get("padding"):
+            # Differs from transformers: its processor hands the language model's padding side on to the Q-Former's
+            # tokenizer, so that with padding on the left the instructions of a batch get other positions than alone.
+            options = {name: kwargs[name] for name in _TEXT_OPTIONS if name in kwargs}
+            asked = self.qformer_tokenizer(text, padding_side="right", return_token_type_ids=False, **options)
+            made["qformer_input_ids"], made["qformer_attention_mask"] = asked["input_ids"], asked["attention_mask"]
+        return made
 
     def training_inputs(
         self,
@@ -143,6 +155,35 @@ class InstructBlipProcessor(LanguageModelTokensMixin, transformers.InstructBlipP
             batch["pixel_values"] = self.image_processor(images, return_tensors="pt")["pixel_values"]
         return BatchFeature(batch)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        self.qformer_tokenizer.init_kwargs["padding_side"] = "right"
+        return super().save_pretrained(*args, **kwargs)
+
+    def prepare_images(self, images: Sequence[Any]) -> tuple[BatchFeature, list[int]]:
+        """`pixel_values` (images, 3, H, W), and how many image tokens each image stands for."""
+        features = BatchFeature(dict(self.image_processor(list(images), return_tensors="pt")))
+        return features, [self.num_query_tokens] * len(images)
+
+    def complete_conversations(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Adds the instruction for the Q-Former to a batch of `prompt_batch`: what its texts say.
+
+        Raises:
+            ValueError: the batch has labels, so its texts hold answers; train with `InstructionCollator`.
+        """
+        if "labels" in batch:
+            raise ValueError(
+                "the Q-Former must not read the answers that are to be learnt: train InstructBLIP with "
+                "hf_vlp.data.InstructionCollator"
+            )
+        rows = [ids[mask.bool() & (ids != self.image_token_id)] for ids, mask in _rows(batch)]
+        asked = self.qformer_tokenizer(
+            [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)],
+            padding=True,
+            return_tensors="pt",
+        )
+        extra = {"qformer_input_ids": asked["input_ids"], "qformer_attention_mask": asked["attention_mask"]}
+        return {**batch, **extra}
+
     def _causal_batch(
         self, instructions: list[list[int]], texts: list[str], max_length: int | None, image: list[int]
     ) -> dict[str, torch.Tensor]:
@@ -168,6 +209,10 @@ class InstructBlipProcessor(LanguageModelTokensMixin, transformers.InstructBlipP
         labels = pad_rows([self.tokenizer(text, **truncation)["input_ids"] for text in texts], -100)
         rows = [image + asked for asked in instructions]
         return {**self._padded(rows), "labels": labels, "decoder_attention_mask": (labels != -100).long()}
+
+
+def _rows(batch: dict[str, Any]) -> Any:
+    return zip(batch["input_ids"], batch["attention_mask"], strict=True)
 
 
 def cut_left(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None) -> list[int]:

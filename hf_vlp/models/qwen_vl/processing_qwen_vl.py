@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw
 from transformers import BatchFeature, ProcessorMixin
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
@@ -234,7 +235,8 @@ class QwenVLProcessor(ProcessorMixin):
 
         Args:
             images: one image, a list of them in reading order over all texts, or a list of lists, one a text.
-            text: a string or several. Without it each image alone, `<img></img>`.
+            text: a string or several. Without it each image alone, `<img></img>`; with as many texts as images and no
+                `<img>` in any, each image stands in front of its text.
             padding: as for tokenizers; by default on if there are several texts and tensors are asked for.
             truncation: cut texts at `max_length` tokens.
             max_length: in tokens, image places included.
@@ -251,6 +253,8 @@ class QwenVLProcessor(ProcessorMixin):
         if text is None:
             text = [IMAGE_START + IMAGE_END] * len(pictures)
         texts = [text] if isinstance(text, str) else list(text)
+        if pictures and len(pictures) == len(texts) and not any(IMAGE_START in one for one in texts):
+            texts = [IMAGE_START + IMAGE_END + one for one in texts]
         expanded, found = [], 0
         for one in texts:
             spans = len(_SPAN.findall(one))
@@ -292,6 +296,50 @@ class QwenVLProcessor(ProcessorMixin):
         """`pixel_values` (images, 3, H, W), and how many image tokens each image stands for."""
         features = BatchFeature(dict(self.image_processor(list(images), return_tensors="pt")))
         return features, [self.num_query_tokens] * len(images)
+
+    def training_inputs(
+        self, images: Any, texts: Sequence[str], prompt: str | Sequence[str] = "", max_length: int | None = None
+    ) -> BatchFeature:
+        """A batch of captions, as in the first stage: `<img>…</img>prompt caption<eos>`, padded on the right.
+
+        Args:
+            images: B images.
+            texts: B captions.
+            prompt: what stands before a caption and is not learnt, one for all or one an image.
+            max_length: longest row in tokens, image places included; a longer caption is cut and loses its end.
+
+        Returns:
+            `pixel_values` (B, 3, H, W), `input_ids`, `attention_mask`, `labels` (B, L): the caption and its end token,
+            -100 elsewhere.
+
+        Raises:
+            ValueError: the numbers of images, captions and prompts differ, or the tokenizer has no end token.
+        """
+        prompts = [prompt] * len(texts) if isinstance(prompt, str) else list(prompt)
+        pictures = _flat(images)
+        if not len(pictures) == len(texts) == len(prompts):
+            raise ValueError(f"{len(pictures)} images, {len(texts)} captions and {len(prompts)} prompts; give as many")
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            raise ValueError("the tokenizer has no eos_token, with which a caption ends; set one")
+        opening = self.tokenizer(IMAGE_START + IMAGE_TOKEN * self.num_query_tokens + IMAGE_END)["input_ids"]
+        opening = opening[: opening.index(self.image_end_token_id) + 1]
+        rows, targets = [], []
+        for text, asked in zip(texts, prompts, strict=True):
+            asked_ids = self.tokenizer(asked, add_special_tokens=False)["input_ids"] if asked else []
+            said = f" {text.strip()}" if asked and not asked[-1:].isspace() else text.strip()
+            caption = self.tokenizer(said, add_special_tokens=False)["input_ids"]
+            row = [*opening, *asked_ids, *caption, end][:max_length]
+            rows.append(row)
+            targets.append(([-100] * (len(opening) + len(asked_ids)) + [*caption, end])[:max_length])
+        width = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        batch = {
+            "input_ids": torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+            "labels": torch.tensor([row + [-100] * (width - len(row)) for row in targets]),
+        }
+        return BatchFeature({**batch, **self.image_processor(pictures, return_tensors="pt")})
 
     def decode_answer(self, ids: Any) -> str:
         """The words of an answer with its `<ref>`, `<box>` and `<quad>` tags, up to the end of its turn."""
