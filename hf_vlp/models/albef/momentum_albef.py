@@ -10,14 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_vlp.models.momentum import Contrast, MomentumContrastMixin
 from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin
-from hf_vlp.nn.momentum import momentum_twin, update_twin
+from hf_vlp.nn.momentum import momentum_twin
 from hf_vlp.nn.queue import FeatureQueue
-from hf_vlp.objectives.contrastive import ContrastiveOutput, contrastive_loss
-from hf_vlp.objectives.distillation import distilled_targets
 from hf_vlp.objectives.distributed import batch_sizes, exchange_integers, gather, offset_of, world
-from hf_vlp.objectives.matching import HardNegatives, NoNegativesError, hard_negatives
-from hf_vlp.objectives.precision import full_precision, without_autocast
+from hf_vlp.objectives.matching import HardNegatives
 
 from .configuration_albef import AlbefConfig
 from .modeling_albef import AlbefForImageTextRetrieval, AlbefPreTrainedModel, unit_vectors
@@ -67,28 +65,6 @@ class MomentumSettings:
             raise ValueError(f"across_ranks must be 'joined' or 'local', not {self.across_ranks!r}")
 
 
-class Contrast(NamedTuple):
-    """Features and similarities of a step.
-
-    Attributes:
-        itc: loss and logits; image-text contrast of own rows against momentum keys.
-        image_features: (B, D) of the online encoder.
-        text_features: (B, D).
-        image_features_m: (B, D) of the momentum twin.
-        text_features_m: (B, D).
-        targets: (B, keys) for image-to-text and text-to-image.
-        hard_targets: (B, keys).
-    """
-
-    itc: ContrastiveOutput
-    image_features: Tensor
-    text_features: Tensor
-    image_features_m: Tensor
-    text_features_m: Tensor
-    targets: tuple[Tensor, Tensor]
-    hard_targets: Tensor
-
-
 class MatchingRows(NamedTuple):
     """The rows of the fusion encoder that the matching loss needs.
 
@@ -107,7 +83,7 @@ class MatchingRows(NamedTuple):
     labels: Tensor
 
 
-class AlbefMomentumModel(PreTrainingMixin, AlbefPreTrainedModel):
+class AlbefMomentumModel(MomentumContrastMixin, PreTrainingMixin, AlbefPreTrainedModel):
     """A retrieval model with its momentum twin and queue; base of pretraining and of retrieval fine-tuning.
 
     The twin follows in every training step, before its features are computed; the queue takes the features of all
@@ -119,8 +95,6 @@ class AlbefMomentumModel(PreTrainingMixin, AlbefPreTrainedModel):
     _auto_class = None
     # What keyword arguments of the constructors may set.
     settings_class: ClassVar[type] = MomentumSettings
-    # Whether the queue keeps image ids.
-    _with_ids: ClassVar[bool] = False
     # Fields that differ from `MomentumSettings` by default.
     _defaults: ClassVar[dict[str, Any]] = {}
     stages: ClassVar[dict[str, dict[str, bool]]] = {"pretrain": {"": True, "momentum": False}}
@@ -164,10 +138,6 @@ class AlbefMomentumModel(PreTrainingMixin, AlbefPreTrainedModel):
                 "text_projection": self.retrieval.text_projection,
             }
         )
-
-    def reset_momentum(self) -> None:
-        """Sets the twin to the trained weights, as at the start of a training."""
-        update_twin(self.momentum, self._followed(), 0.0)
 
     @classmethod
     def from_inference_model(cls, model: AlbefForImageTextRetrieval, **settings: Any) -> "AlbefMomentumModel":
@@ -231,116 +201,21 @@ class AlbefMomentumModel(PreTrainingMixin, AlbefPreTrainedModel):
     def albef_model(self) -> Any:
         return self.retrieval.albef
 
+    @property
+    def temperature_parameter(self) -> Tensor:
+        return self.retrieval.temperature
+
     def set_image_size(self, image_size: int) -> None:
         """Interpolates the position embeddings of the model and of its twin."""
         self.retrieval.set_image_size(image_size)
         self.config.vision_config.image_size = image_size
         self.momentum["albef"].set_image_size(image_size)
 
-    def current_alpha(self) -> float:
-        """Weight of the twin's opinion at this step: 0 at the first one, `alpha` after the warm-up."""
-        if not self.settings.distill:
-            return 0.0
-        warmup = self.settings.alpha_warmup_steps
-        share = 1.0 if not warmup else min(1.0, int(self.steps) / warmup)
-        return self.settings.alpha * share
-
-    def joined(self) -> bool:
-        """Whether keys and negatives come from several ranks."""
-        return self.settings.across_ranks == "joined" and world()[1] > 1
-
-    @torch.no_grad()
-    def follow(self) -> None:
-        """Moves the twin; once a training step, before its features are computed."""
-        update_twin(self.momentum, self._followed(), self.settings.momentum)
-
     @torch.no_grad()
     def momentum_features(self, image_states: Tensor, first_states: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised features of the twin from its image tokens (B, K, width) and its [CLS] states (B, hidden)."""
         image = unit_vectors(self.momentum["vision_projection"](image_states[:, 0]))
         return image, unit_vectors(self.momentum["text_projection"](first_states))
-
-    def contrast(
-        self,
-        features: tuple[Tensor, Tensor],
-        features_m: tuple[Tensor, Tensor],
-        alpha: float,
-        image_ids: Tensor | None = None,
-    ) -> Contrast:
-        """Image-text contrast against momentum keys (equations 1, 2 and 6), and the queue's move.
-
-        Args:
-            features: (B, D) of images and of texts, online.
-            features_m: the same of the twin.
-            alpha: weight of the twin's similarities in the targets.
-            image_ids: (B,) equal ids, also in the queue, are positives of each other; None: the own pair alone.
-        """
-        image, text = features
-        image_m, text_m = features_m
-        scale = 1 / self.retrieval.temperature
-        local = not self.joined()
-        all_image_m, all_text_m = (image_m, text_m) if local else (gather(image_m), gather(text_m))
-        offset = 0 if local else offset_of(batch_sizes(len(image), image.device))
-        image_keys = torch.cat([all_image_m, self.queue.image_embeds])
-        text_keys = torch.cat([all_text_m, self.queue.text_embeds])
-        rows = torch.arange(len(image), device=image.device)
-        if image_ids is None:
-            hard = full_precision(F.one_hot(rows + offset, len(text_keys)).to(image.dtype))
-        else:
-            every = image_ids if local else gather(image_ids)
-            equal = image_ids[:, None] == torch.cat([every, self.queue.image_ids])[None, :]
-            hard = full_precision(equal.to(image.dtype)) / equal.sum(dim=1, keepdim=True)
-        targets = (hard, hard)
-        if alpha > 0:
-            with torch.no_grad(), without_autocast(image.device):
-                towards_texts = full_precision(image_m) @ full_precision(text_keys).t() * scale
-                towards_images = full_precision(text_m) @ full_precision(image_keys).t() * scale
-            targets = (distilled_targets(towards_texts, hard, alpha), distilled_targets(towards_images, hard, alpha))
-        itc = contrastive_loss(
-            image,
-            text,
-            scale,
-            gather_keys="local" if local else "detached",
-            queue=self.queue,
-            soft_targets=targets,
-            image_keys=image_m,
-            text_keys=text_m,
-        )
-        if self.training:
-            self.queue.enqueue(image_m, text_m, image_ids if self._with_ids else None)
-        return Contrast(itc, image, text, image_m, text_m, targets, hard)
-
-    def draw_negatives(
-        self,
-        itc: ContrastiveOutput,
-        image_ids: Tensor | None,
-        generator: torch.Generator | None,
-        given: tuple[Tensor, Tensor] | None,
-    ) -> HardNegatives | None:
-        """Negatives of own pairs (section 3.2); None for a joined batch in which nothing can be mismatched.
-
-        The weights are the softmax over this step's keys (online queries, momentum keys) with true pairs set to 0;
-        of random negatives, equal ones.
-        """
-        ids = None
-        similarities = itc.logits_per_image, itc.logits_per_text
-        if self.settings.negatives == "random":
-            similarities = tuple(torch.zeros_like(logits) for logits in similarities)
-        if image_ids is not None and self.joined():
-            ids = gather(image_ids)
-        try:
-            return hard_negatives(
-                *similarities,
-                offset=itc.offset if self.joined() else 0,
-                image_ids=image_ids,
-                gathered_ids=ids if self.joined() else image_ids,
-                generator=generator,
-                softmax_over_positives=True,
-                image_index=None if given is None else given[0],
-                text_index=None if given is None else given[1],
-            )
-        except NoNegativesError:
-            return None
 
     def matching_rows(self, texts: PackedTexts, states: Tensor, negatives: HardNegatives | None) -> MatchingRows:
         """Pairs to match: own pairs, then (text, its negative image), then (negative text, own image).
@@ -390,17 +265,6 @@ class AlbefMomentumModel(PreTrainingMixin, AlbefPreTrainedModel):
             keep=counts.cumsum(0) - counts,
         )
         return self.retrieval.itm_head(fused)
-
-    def chance_levels(self, batch: Mapping[str, Any]) -> dict[str, float]:
-        """Contrast: ln of the number of keys. Matching: the entropy of one match in three, 0.637."""
-        ranks = world()[1] if self.settings.across_ranks == "joined" else 1
-        keys = len(batch["input_ids"]) * ranks + len(self.queue)
-        third = torch.tensor([1 / 3, 2 / 3])
-        levels = {
-            "loss_itc": float(torch.tensor(float(keys)).log()),
-            "loss_itm": float(-(third * third.log()).sum()),
-        }
-        return {name: level for name, level in levels.items() if name[5:] in self.settings.objectives}
 
 
 def joined_texts(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int) -> tuple[Tensor, Tensor, slice]:

@@ -117,9 +117,11 @@ class BlipTextDecoder(BlipTextLMHeadModel):
         scores[:, 1:] = -1e9
         finished: list[list[tuple[float, Tensor]]] = [[] for _ in range(number)]
         done = [False] * number
-        model_kwargs = self._get_initial_cache_position(input_ids.shape[1], device, model_kwargs) if hasattr(
-            self, "_get_initial_cache_position"
-        ) else model_kwargs
+        model_kwargs = (
+            self._get_initial_cache_position(input_ids.shape[1], device, model_kwargs)
+            if hasattr(self, "_get_initial_cache_position")
+            else model_kwargs
+        )
 
         def complete(image: int, total: float, tokens: Tensor) -> None:
             held = finished[image]
@@ -176,9 +178,7 @@ class BlipTextDecoder(BlipTextLMHeadModel):
                     complete(image, float(scores[image, beam]), input_ids[image * beams + beam])
 
         returned = generation_config.num_return_sequences
-        best_of = [
-            one for held in finished for one in sorted(held, key=lambda one: one[0], reverse=True)[:returned]
-        ]
+        best_of = [one for held in finished for one in sorted(held, key=lambda one: one[0], reverse=True)[:returned]]
         width = min(max(len(tokens) for _, tokens in best_of) + 1, longest)
         sequences = torch.full((len(best_of), width), pad, dtype=torch.long, device=device)
         end = min(ends) if ends else None

@@ -153,13 +153,21 @@ class BlipForImageTextRetrieval(BlipBackboneMixin, transformers.BlipForImageText
         return torch.cat(scored).index_select(0, order.argsort().to(scored[0].device))
 
     def matching_scores(
-        self, images: ImageEmbeds | Tensor, image_index: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+        self,
+        images: ImageEmbeds | Tensor,
+        image_index: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Logit of "match" for P pairs. The original ranks by it plus the similarity. See `matching_logits`."""
         return self.matching_logits(images, image_index, input_ids, attention_mask)[:, 1]
 
     def matching_probabilities(
-        self, images: ImageEmbeds | Tensor, image_index: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+        self,
+        images: ImageEmbeds | Tensor,
+        image_index: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Probabilities (P,) that the texts match their images. See `matching_logits`."""
         return self.matching_logits(images, image_index, input_ids, attention_mask).float().softmax(dim=-1)[:, 1]
@@ -224,9 +232,7 @@ class BlipForImageTextRetrieval(BlipBackboneMixin, transformers.BlipForImageText
         else:
             hidden = grid(text_pass(self.text_encoder, texts), texts, input_ids.shape[1])
             score = self.project_image(states) @ self.project_text(hidden[:, 0]).t()
-        output = BlipImageTextMatchingModelOutput(
-            itm_score=score, last_hidden_state=states, question_embeds=hidden
-        )
+        output = BlipImageTextMatchingModelOutput(itm_score=score, last_hidden_state=states, question_embeds=hidden)
         return output if return_dict else output.to_tuple()
 
 
@@ -328,9 +334,7 @@ class BlipForConditionalGeneration(BlipBackboneMixin, transformers.BlipForCondit
         Returns:
             Token ids, [DEC] and prompt included.
         """
-        images = project_images(
-            self.text_decoder.bert, self.encode_images(pixel_values, interpolate_pos_encoding)
-        )
+        images = project_images(self.text_decoder.bert, self.encode_images(pixel_values, interpolate_pos_encoding))
         text = self.config.text_config
         if input_ids is None:
             input_ids = torch.full((len(images), 1), self.dec_token_id, device=pixel_values.device)
@@ -461,9 +465,7 @@ class QuestionAnsweringMixin:
         return answers, torch.repeat_interleave(torch.arange(number), per_question), weights
 
     def _token_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(
-            full_precision(logits), targets, reduction="none", label_smoothing=self.label_smoothing
-        )
+        return F.cross_entropy(full_precision(logits), targets, reduction="none", label_smoothing=self.label_smoothing)
 
     def forward(
         self,
@@ -634,9 +636,7 @@ class QuestionAnsweringMixin:
         self.save_pretrained(folder, **save_kwargs)
 
 
-class BlipForQuestionAnswering(
-    QuestionAnsweringMixin, BlipBackboneMixin, transformers.BlipForQuestionAnswering
-):
+class BlipForQuestionAnswering(QuestionAnsweringMixin, BlipBackboneMixin, transformers.BlipForQuestionAnswering):
     """Answers a question about an image: question encoder, then answer decoder (roles "vqa" and "finetune_vqa").
 
     Answers are ranked in a closed list or generated. Image and text towers must be of one width, as in the native

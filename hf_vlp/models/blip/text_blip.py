@@ -360,7 +360,9 @@ def decoding_step(
     return hidden
 
 
-def _product(attention: BlipTextSelfAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def _product(
+    attention: BlipTextSelfAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Tensor:
     implementation = attention.config._attn_implementation
     if implementation not in ("eager", "sdpa"):
         # A step of generation is a few rows with a mask of its own; the other kernels take none.

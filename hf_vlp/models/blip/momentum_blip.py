@@ -1,0 +1,306 @@
+"""What BLIP's pretraining and its retrieval fine-tuning share: the twin, the queue, hard negatives across ranks."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import BlipConfig
+from transformers import initialization as init
+from transformers.models.blip.modeling_blip import BlipPreTrainedModel
+
+from hf_vlp.models.albef.modeling_albef import unit_vectors
+from hf_vlp.models.albef.modeling_albef_packing import PackedTexts
+from hf_vlp.models.albef.momentum_albef import joined_texts
+from hf_vlp.models.blip.backbone_blip import folder_file, resize_tower
+from hf_vlp.models.blip.modeling_blip import BlipForImageTextRetrieval
+from hf_vlp.models.blip.text_blip import Branch, text_pass, with_first
+from hf_vlp.models.blip.vision_blip import encode_images
+from hf_vlp.models.momentum import MomentumContrastMixin
+from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin
+from hf_vlp.nn.momentum import momentum_twin, update_twin
+from hf_vlp.nn.queue import FeatureQueue
+from hf_vlp.objectives.distributed import batch_sizes, gather, offset_of, world
+from hf_vlp.objectives.matching import HardNegatives
+
+# Bounds of the temperature (clamped at the start of every step, as in the original).
+TEMPERATURE_RANGE = (0.001, 0.5)
+
+
+@dataclass
+class BlipMomentumSettings:
+    """How the objectives are computed; kept in the checkpoint's config under `pretraining`.
+
+    Attributes:
+        queue_size: pairs in the queue of momentum features.
+        momentum: share of itself that the twin keeps in a step.
+        alpha: weight of the twin's opinion in the targets once warmed up.
+        alpha_warmup_steps: training steps over which `alpha` grows linearly from 0; two epochs in the original's
+            pretraining, one in its fine-tuning.
+        distill: whether the twin's opinion enters the targets at all.
+        across_ranks: `"joined"`: keys and negatives are those of all ranks, and loss and gradient those of one
+            process with the joined batch. `"local"`: each rank contrasts within its own batch, as the original does;
+            the queue is shared in both.
+        negative_all_rank: with `"local"`, whether retrieval fine-tuning draws the negatives of matching from all
+            ranks, as the original does by default. Pretraining then draws them from its own batch.
+        negatives: `"hard"`: negatives of matching are drawn by similarity; `"random"`: all alike.
+        objectives: which of `"itc"`, `"itm"`, `"lm"` make up the loss; retrieval fine-tuning has the first two.
+        label_smoothing: of the next-token targets.
+        temperature: initial value of the learned divisor of the similarities.
+    """
+
+    queue_size: int = 57600
+    momentum: float = 0.995
+    alpha: float = 0.4
+    alpha_warmup_steps: int = 0
+    distill: bool = True
+    across_ranks: Literal["joined", "local"] = "joined"
+    negative_all_rank: bool = True
+    negatives: Literal["hard", "random"] = "hard"
+    objectives: tuple[str, ...] = ("itc", "itm", "lm")
+    label_smoothing: float = 0.1
+    temperature: float = 0.07
+
+    def __post_init__(self) -> None:
+        self.objectives = tuple(self.objectives)
+        unknown = set(self.objectives) - {"itc", "itm", "lm"}
+        if unknown or not self.objectives:
+            raise ValueError(f"objectives must be some of 'itc', 'itm', 'lm', not {self.objectives}")
+        if self.negatives not in ("hard", "random"):
+            raise ValueError(f"negatives must be 'hard' or 'random', not {self.negatives!r}")
+        for name in ("momentum", "alpha", "label_smoothing"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must lie in [0, 1], but is {getattr(self, name)}")
+        if self.across_ranks not in ("joined", "local"):
+            raise ValueError(f"across_ranks must be 'joined' or 'local', not {self.across_ranks!r}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, not {self.temperature}")
+
+
+class MatchingRows(NamedTuple):
+    """The rows of the image-grounded encoder that the matching loss needs.
+
+    Attributes:
+        texts: distinct texts, [CLS] still first.
+        source: (P,) CPU, text of each row.
+        image: (P,) CPU, image of each row.
+        image_states: (I, K, width) of the images that rows name.
+        labels: (P,) 1 for matched rows, which come first.
+    """
+
+    texts: PackedTexts
+    source: Tensor
+    image: Tensor
+    image_states: Tensor
+    labels: Tensor
+
+
+class BlipMomentumModel(MomentumContrastMixin, PreTrainingMixin, BlipPreTrainedModel):
+    """An inference model with its momentum twin and queue.
+
+    The twin follows in every training step, before its features are computed; the queue takes the features of all
+    ranks after the contrast. Neither moves in eval mode.
+    """
+
+    inference_attribute = "model"
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    settings_class: ClassVar[type] = BlipMomentumSettings
+    # Class of the inference model.
+    _model_class: ClassVar[type[BlipForImageTextRetrieval]] = BlipForImageTextRetrieval
+    # Fields that differ from `BlipMomentumSettings` by default.
+    _defaults: ClassVar[dict[str, Any]] = {}
+    stages: ClassVar[dict[str, dict[str, bool]]] = {"pretrain": {"": True, "momentum": False}}
+
+    def __init__(self, config: BlipConfig, model: BlipForImageTextRetrieval | None = None, **settings: Any) -> None:
+        """
+        Args:
+            config: of the inference model; its `pretraining` entry holds settings that `settings` overrides.
+            model: an existing inference model; by default one is drawn from `config`.
+            settings: fields of `BlipMomentumSettings`.
+        """
+        own = copy.deepcopy(config)
+        stored = getattr(own, "pretraining", None) or {}
+        known = {name: value for name, value in stored.items() if name in BlipMomentumSettings.__dataclass_fields__}
+        chosen = BlipMomentumSettings(**{**self._defaults, **known, **settings})
+        own.pretraining = asdict(chosen)
+        super().__init__(own)
+        self.settings = chosen
+        inner = copy.deepcopy(config)
+        if hasattr(inner, "pretraining"):
+            del inner.pretraining
+        self.model = self._model_class(inner) if model is None else model
+        self.temperature = nn.Parameter(torch.tensor(float(chosen.temperature)))
+        self.momentum = momentum_twin(self._followed())
+        self.queue = FeatureQueue(
+            chosen.queue_size, config.image_text_hidden_size, with_ids=self._with_ids, start="random"
+        )
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.post_init()
+        if not next(self.parameters()).is_meta:
+            self.reset_momentum()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.constant_(self.temperature, self.settings.temperature)
+
+    def _followed(self) -> nn.ModuleDict:
+        """The modules that the twin follows: everything but the matching head, the decoder and the temperature."""
+        names = ("vision_model", "text_encoder", "vision_proj", "text_proj")
+        return nn.ModuleDict({name: getattr(self.model, name) for name in names})
+
+    @property
+    def temperature_parameter(self) -> Tensor:
+        return self.temperature
+
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """Brings the temperature back into its range, in place."""
+        self.temperature.clamp_(*TEMPERATURE_RANGE)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    @classmethod
+    def from_inference_model(cls, model: BlipForImageTextRetrieval, **settings: Any) -> "BlipMomentumModel":
+        """Wraps an inference model, which keeps its weights; the twin starts as its copy."""
+        wrapped = cls(model.config, model=model, **settings)
+        wrapped.reset_momentum()
+        return wrapped
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "BlipMomentumModel":
+        """Continues from a checkpoint of this class, or starts from an inference folder.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id. The side file of an exported pretraining gives twin, queue
+                and temperature back; a folder without it gets a copy as its twin and a fresh queue.
+            image_size: interpolate the position embeddings to it.
+            kwargs: fields of `BlipMomentumSettings`, and keyword arguments of `PreTrainedModel.from_pretrained`.
+                `dtype` is float32 unless given, as optimisers need full-precision weights.
+        """
+        fields = BlipMomentumSettings.__dataclass_fields__
+        settings = {key: kwargs.pop(key) for key in list(kwargs) if key in fields}
+        image_size = kwargs.pop("image_size", None)
+        kwargs.setdefault("dtype", torch.float32)
+        config = kwargs.pop("config", None) or BlipConfig.from_pretrained(pretrained_model_name_or_path)
+        if cls.__name__ in (config.architectures or []):
+            model = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **settings, **kwargs)
+        else:
+            inner = cls._model_class.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+            extras = folder_file(pretrained_model_name_or_path, EXTRAS_FILE)
+            state = load_file(extras) if extras is not None else {}
+            if "queue.images" in state:
+                settings.setdefault("queue_size", len(state["queue.images"]))
+            model = cls.from_inference_model(inner, **settings)
+            if state:
+                model.load_extras(state)
+        if image_size is not None and image_size != model.config.vision_config.image_size:
+            model.set_image_size(image_size)
+        return model
+
+    def load_extras(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `export` kept beside the inference model.
+
+        Raises:
+            ValueError: the side file is of another model or of other settings.
+        """
+        own = {n: v for n, v in self.state_dict().items() if not n.startswith(f"{self.inference_attribute}.")}
+        wrong = [name for name, value in state.items() if name not in own or own[name].shape != value.shape]
+        # The queue of pretraining knows no image ids; a fine-tuning counts its own steps.
+        lacking = sorted(set(own) - set(state) - {"queue.ids", "steps"})
+        if wrong or lacking:
+            raise ValueError(f"{EXTRAS_FILE} does not fit: it has {wrong[:3]} and lacks {lacking[:3]}")
+        self.load_state_dict(dict(state), strict=False)
+
+    def set_image_size(self, image_size: int) -> None:
+        """Interpolates the position embeddings of the model and of its twin."""
+        self.model.set_image_size(image_size)
+        self.config.vision_config.image_size = image_size
+        resize_tower(self.momentum["vision_model"], image_size)
+
+    def online_features(self, pixel_values: Tensor, texts: PackedTexts) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Image tokens (B, K, width), and normalised features of images and texts, (B, D) each."""
+        if pixel_values.shape[0] != len(texts):
+            raise ValueError(f"there are {pixel_values.shape[0]} images for {len(texts)} texts: pass pairs")
+        states = self.model.encode_images(pixel_values)
+        first = text_pass(self.model.text_encoder, texts, keep=texts.first)
+        return states, (self.model.project_image(states), self.model.project_text(first))
+
+    @torch.no_grad()
+    def momentum_features(self, pixel_values: Tensor, texts: PackedTexts) -> tuple[Tensor, Tensor]:
+        """Normalised features of the twin, (B, D) each."""
+        twin = self.momentum
+        image = twin["vision_proj"](encode_images(twin["vision_model"], pixel_values)[:, 0])
+        text = twin["text_proj"](text_pass(twin["text_encoder"], texts, keep=texts.first))
+        return unit_vectors(image), unit_vectors(text)
+
+    def matching_rows(
+        self,
+        texts: PackedTexts,
+        image_states: Tensor,
+        padded: tuple[Tensor, Tensor],
+        negatives: HardNegatives | None,
+        image_gather: bool = False,
+    ) -> MatchingRows:
+        """Pairs to match: own pairs, then (text, its negative image), then (negative text, own image).
+
+        On several ranks the ids of a text travel to the rank that holds its negative image, never an image: its keys
+        and values are projected where it is, once. A rank then has more or fewer than 3B rows; the loss is a mean
+        over all. With `image_gather` the images' tokens travel instead, as in the original.
+
+        Args:
+            texts: own texts (B).
+            image_states: (B, K, width).
+            padded: ids and mask of the texts (B, L).
+            negatives: indices into the joined batch, or the own one where ranks are on their own.
+            image_gather: see above; with `across_ranks="local"` alone.
+        """
+        number, device = len(texts), image_states.device
+        own = torch.arange(number)
+        source, image = own, own
+        if negatives is not None:
+            image_index, text_index = torch.stack([negatives.image_index, negatives.text_index]).cpu()
+            source, image = torch.cat([own, own, text_index]), torch.cat([own, image_index, own])
+            if world()[1] > 1 and (self.joined() or image_gather):
+                ids, mask, mine = joined_texts(*padded, self.config.text_config.pad_token_id or 0)
+                offset = mine.start
+                if image_gather:
+                    image_states = gather(image_states)
+                    source = torch.cat([own + offset, own + offset, text_index])
+                    image = torch.cat([own + offset, image_index, own + offset])
+                    used, image = image.unique(return_inverse=True)
+                    image_states = image_states.index_select(0, used.to(device))
+                else:
+                    every = gather(negatives.image_index).cpu()
+                    here = ((every >= offset) & (every < offset + number)).nonzero().flatten()
+                    source = torch.cat([own + offset, here, text_index])
+                    image = torch.cat([own, every[here] - offset, own])
+                used, source = source.unique(return_inverse=True)
+                used = used.to(device)
+                texts = PackedTexts.from_padded(ids[used], mask[used])
+        labels = torch.zeros(len(source), dtype=torch.long, device=device)
+        labels[:number] = 1 if negatives is not None else -100
+        return MatchingRows(texts, source, image, image_states, labels)
+
+    def matching_branch(self, rows: MatchingRows) -> Branch:
+        """The rows on their way through the image-grounded encoder, of which [ENC] is wanted."""
+        texts = with_first(rows.texts, self.model.enc_token_id)
+        counts = texts.counts[rows.source]
+        keep = counts.cumsum(0) - counts
+        return Branch(self.model.text_encoder, texts, rows.image, rows.source, keep)
+
+    def own_offset(self, rows: int, device: torch.device) -> int:
+        """Where the own rows are in the joined batch."""
+        return offset_of(batch_sizes(rows, device))
+
+
+__all__ = ["BlipMomentumModel", "BlipMomentumSettings", "MatchingRows"]
