@@ -202,7 +202,7 @@ def report(
     Args:
         claim: one sentence.
         results: of `over_arms`.
-        metrics: column -> arm -> name of the metric; `""` is every other arm.
+        metrics: column -> arm -> name of the metric; `""` is every other arm. An arm may lack a metric.
         baseline: the arm that the others are compared with, seed by seed.
         path: of the JSON.
     """
@@ -211,7 +211,11 @@ def report(
     for name, seeds in results.items():
         cells = []
         for column, of_arm in metrics.items():
-            values = {seed: found[of_arm.get(name, of_arm.get(""))] for seed, found in seeds.items()}
+            metric = of_arm.get(name, of_arm.get(""))
+            values = {seed: found[metric] for seed, found in seeds.items() if metric in found}
+            if not values:
+                cells.append("–")
+                continue
             spread = statistics.stdev(values.values()) if len(values) > 1 else 0.0
             mean = statistics.fmean(values.values())
             entry = {"mean": mean, "std": spread, "seeds": values}
@@ -219,7 +223,7 @@ def report(
             if name != baseline and baseline in results:
                 other = results[baseline]
                 key = of_arm.get(baseline, of_arm.get(""))
-                gains = [values[seed] - other[seed][key] for seed in values if seed in other]
+                gains = [values[seed] - other[seed][key] for seed in values if key in other.get(seed, {})]
                 if gains:
                     entry["gain"] = {"mean": statistics.fmean(gains), "seeds": gains}
                     above = sum(gain > 0 for gain in gains)

@@ -17,23 +17,24 @@ class MomentumArguments:
     momentum: float | None = option(None, "Share of itself that the twin keeps in a step; the papers: 0.995.")
     alpha: float | None = option(None, "Weight of the twin's opinion in the targets; the papers: 0.4.")
     alpha_warmup_steps: int | None = option(
-        None, "Steps over which alpha grows from 0; left out: those of the first epoch, as in the papers."
+        None, "Steps over which alpha grows from 0; left out: those of the first epoch (BLIP's pretraining: two)."
     )
     distill: bool | None = option(None, "Whether the twin's opinion enters the targets at all.")
 
-    def settings(self, dataset: Any, args: Any) -> dict[str, Any]:
+    def settings(self, dataset: Any, args: Any, *, epochs: int = 1) -> dict[str, Any]:
         """Keyword arguments of the training class.
 
         Args:
             dataset: rows or records that the run trains on, for the length of an epoch.
             args: of the run.
+            epochs: over which alpha grows.
 
         Raises:
             ValueError: the data is a stream, whose epoch has no known length, and alpha's warm-up is left out.
         """
         values = given(self)
         if "alpha_warmup_steps" not in values and values.get("distill", True):
-            values["alpha_warmup_steps"] = steps_of_an_epoch(dataset, args)
+            values["alpha_warmup_steps"] = epochs * steps_of_an_epoch(dataset, args)
         return values
 
 

@@ -294,3 +294,32 @@ def albef_config(
     )
     config.use_tokenizer(tokenizer)
     return config
+
+
+def blip_config(
+    size: str,
+    tokenizer: Any,
+    *,
+    image_size: int | None = None,
+    patch_size: int | None = None,
+    projection_dim: int = 256,
+    dropout: float = 0.1,
+) -> PreTrainedConfig:
+    """Config of a BLIP from scratch.
+
+    Args:
+        size, patch_size, dropout: as in `fusion_towers`.
+        tokenizer: of a BERT, with BLIP's tokens.
+        image_size: side in pixels; 224 for the published sizes.
+        projection_dim: width of the contrastive features.
+    """
+    from transformers import BlipConfig
+
+    from hf_vlp.models.blip.backbone_blip import use_tokenizer
+
+    image_size = image_size or _IMAGE_SIZES[_known(size)]
+    vision, text = fusion_towers(size, tokenizer, image_size=image_size, patch_size=patch_size, dropout=dropout)
+    text["encoder_hidden_size"] = vision["hidden_size"]
+    config = BlipConfig(vision_config=vision, text_config=text, image_text_hidden_size=projection_dim)
+    use_tokenizer(config, tokenizer)
+    return config
