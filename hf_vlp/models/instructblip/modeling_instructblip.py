@@ -78,7 +78,8 @@ class InstructBlipForConditionalGeneration(
             stage1: folder or Hub id of a stage-1 checkpoint (of `Blip2ForPreTraining`, or the native
                 `Blip2ForImageTextRetrieval`), or such a model, whose weights are then shared.
             language_model: folder or Hub id of any causal or encoder-decoder language model, or the model.
-            processor: `InstructBlipProcessor.for_language_model`; tells the image token and the stop token.
+            processor: `InstructBlipProcessor.for_language_model`; tells the image token and the stop token, and is
+                told the longest instruction that the Q-Former has positions for.
             language_model_kwargs: for `from_pretrained` of the language model (`dtype`, `quantization_config`, ...).
 
         Raises:
@@ -97,6 +98,10 @@ class InstructBlipForConditionalGeneration(
                 f"the Q-Former's tokenizer has {len(processor.qformer_tokenizer)} tokens, its embeddings {words}: "
                 "give the processor the tokenizer that was saved with stage 1"
             )
+        positions = retrieval.embeddings.position_embeddings.num_embeddings
+        asked = processor.qformer_tokenizer
+        # The Q-Former has no position for more; longer instructions lose their beginning.
+        asked.model_max_length = min(asked.model_max_length, positions)
         language_model = load_language_model(language_model, **language_model_kwargs)
         prepare_language_model(language_model, processor)
         vision = {k: v for k, v in source.vision_config.to_dict().items() if k != "model_type"}
@@ -116,8 +121,8 @@ class InstructBlipForConditionalGeneration(
         model.language_projection = nn.Linear(config.qformer_config.hidden_size, embedding_width(language_model))
         kept = {k: v for k, v in model.state_dict(keep_vars=True).items() if k.startswith("language_")}
         model.load_state_dict({**native_names(weights), **kept}, assign=True)
-        positions = torch.arange(config.qformer_config.max_position_embeddings)
-        model.qformer.embeddings.position_ids = positions.expand(1, -1).to(model.query_tokens.device)
+        index = torch.arange(positions, device=model.query_tokens.device)
+        model.qformer.embeddings.position_ids = index.expand(1, -1)
         model.generation_config = copy.deepcopy(language_model.generation_config)
         return model.train(retrieval.training)
 

@@ -17,6 +17,7 @@ from hf_vlp.models.blip2.processing_blip_2 import (
 
 logger = logging.get_logger(__name__)
 
+_NO_LENGTH = 1 << 30
 # What a tokenizer is told by the caller of a processor.
 _TEXT_OPTIONS = ("padding", "truncation", "max_length", "pad_to_multiple_of", "return_tensors")
 
@@ -143,11 +144,7 @@ class InstructBlipProcessor(LanguageModelTokensMixin, transformers.InstructBlipP
         if images is not None and isinstance(images, list | tuple) and len(images) != len(texts) * frames:
             raise ValueError(f"{len(images)} images for {len(texts)} answers; give one answer an image")
         prompts = [one.strip() for one in prompts]
-        asked = [cut_left(self.qformer_tokenizer, one, max_prompt_length) for one in prompts]
-        batch = {
-            "qformer_input_ids": pad_rows(asked, self.qformer_tokenizer.pad_token_id),
-            "qformer_attention_mask": pad_rows([[1] * len(ids) for ids in asked], 0),
-        }
+        batch = self._asked(prompts, max_prompt_length)
         instructions = [cut_left(self.tokenizer, one, max_prompt_length) for one in prompts]
         encode = self._encoder_decoder_batch if self.is_encoder_decoder else self._causal_batch
         batch |= encode(instructions, texts, max_length, [self.image_token_id] * self.num_query_tokens * frames)
@@ -176,13 +173,17 @@ class InstructBlipProcessor(LanguageModelTokensMixin, transformers.InstructBlipP
                 "hf_vlp.data.InstructionCollator"
             )
         rows = [ids[mask.bool() & (ids != self.image_token_id)] for ids, mask in _rows(batch)]
-        asked = self.qformer_tokenizer(
-            [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)],
-            padding=True,
-            return_tensors="pt",
-        )
-        extra = {"qformer_input_ids": asked["input_ids"], "qformer_attention_mask": asked["attention_mask"]}
-        return {**batch, **extra}
+        texts = [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        return {**batch, **self._asked(texts, None)}
+
+    def _asked(self, texts: list[str], max_length: int | None) -> dict[str, torch.Tensor]:
+        """Instructions for the Q-Former, none longer than its tokenizer's `model_max_length` (see `from_stage1`)."""
+        longest = min(max_length or _NO_LENGTH, self.qformer_tokenizer.model_max_length)
+        asked = [cut_left(self.qformer_tokenizer, one, longest) for one in texts]
+        return {
+            "qformer_input_ids": pad_rows(asked, self.qformer_tokenizer.pad_token_id),
+            "qformer_attention_mask": pad_rows([[1] * len(ids) for ids in asked], 0),
+        }
 
     def _causal_batch(
         self, instructions: list[list[int]], texts: list[str], max_length: int | None, image: list[int]

@@ -1,0 +1,126 @@
+"""Qwen-VL and InstructBLIP in training: killed runs with adapters and packed rows, two ranks, what is exported."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from hf_vlp.models.qwen_vl.modeling_qwen_vl import QwenVLForConditionalGeneration
+from hf_vlp.models.qwen_vl.processing_qwen_vl import QwenVLProcessor
+from tests.distributed import run_ranks
+from tests.training import runs
+from tests.training.qwen_vl_runs import TRAINERS, qwen_vl_trainer
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+KILLED = {
+    "qwen_vl": {"lora_r": 2, "pack_to": 160, "gradient_accumulation_steps": 2},
+    "instructblip": {"lora_r": 2, "dropout": 0.2},
+}
+
+
+def life(kind: str, folder: str, kill_at: int, pipe: Any) -> None:
+    """A process that trains, and kills itself with SIGKILL in the middle of a step."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    torch.set_num_threads(1)
+    trainer = TRAINERS[kind](folder, **KILLED[kind], **SAVING)
+    if kill_at:
+
+        class Kill(transformers.TrainerCallback):
+            def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if state.global_step == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        trainer.add_callback(Kill())
+    trainer.train()
+    pipe.send((runs.fingerprint(runs.weights(trainer.model)), trainer.state.global_step, runs.losses(trainer)))
+
+
+def lived(context: Any, kind: str, folder: Path, kill_at: int = 0) -> Any:
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=life, args=(kind, str(folder), kill_at, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        assert receiver.poll(300), "the run hangs"
+        result = receiver.recv()
+    except EOFError:
+        result = None
+    process.join(60)
+    assert process.exitcode == (-signal.SIGKILL if result is None else 0)
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KILLED)
+def test_killed_runs_end_as_an_unbroken_one(tmp_path: Path, kind: str) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.qwen_vl_runs"])
+    whole = lived(context, kind, tmp_path / "whole")
+    assert whole[1] == 6
+    for kill_at in (3, 4, 5):
+        assert lived(context, kind, tmp_path / "broken", kill_at) is None
+    assert lived(context, kind, tmp_path / "broken") == whole
+
+
+RANKS = {
+    "qwen_vl": [{"pack_to": 160, "stage": "multitask"}, {"stage": "pretrain"}],
+    "instructblip": [{}],
+}
+
+
+def train_on_ranks(kind: str, options: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
+    import tempfile
+
+    import torch.distributed as dist
+
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    with tempfile.TemporaryDirectory() as folder:
+        if dist.is_initialized():
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+        trainer = TRAINERS[kind](
+            folder,
+            per_device_train_batch_size=6 // size,
+            optim="sgd",
+            learning_rate=0.05,
+            max_grad_norm=0.0,
+            **options,
+        )
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return losses, {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "options"), [(kind, options) for kind, several in RANKS.items() for options in several]
+)
+def test_two_ranks_are_one(kind: str, options: dict[str, Any]) -> None:
+    losses, expected = train_on_ranks(kind, options)
+    for found_losses, found in run_ranks(train_on_ranks, 2, kind, options):
+        assert found_losses == pytest.approx(losses, rel=1e-4)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=2e-6, rtol=1e-4)
+
+
+def test_what_a_run_with_adapters_exports_is_merged(tmp_path: Path) -> None:
+    trainer = qwen_vl_trainer(tmp_path, lora_r=2, pack_to=160, max_steps=2)
+    trainer.train()
+    trainer.export(tmp_path / "model")
+    model = QwenVLForConditionalGeneration.from_pretrained(tmp_path / "model")
+    processor = QwenVLProcessor.from_pretrained(tmp_path / "model")
+    assert not any("lora" in name for name in model.state_dict())
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    batch = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    trained = trainer.model.eval()
+    torch.testing.assert_close(model(**batch).logits, trained(**batch).logits, atol=1e-5, rtol=1e-4)
+    assert processor.num_query_tokens == model.config.vision_config.num_query_tokens
+    files = {path.name for path in (tmp_path / "model").iterdir()}
+    code = {"configuration_qwen_vl.py", "modeling_qwen_vl.py", "modeling_qwen_vl_visual.py", "processing_qwen_vl.py"}
+    assert code <= files
