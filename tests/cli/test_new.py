@@ -1,0 +1,85 @@
+"""`hf-vlp new`: folders of every connector, ready for their first stage."""
+
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers import AutoModelForImageTextToText
+
+from hf_vlp.cli.errors import EXIT_FAILED, EXIT_USAGE
+from hf_vlp.cli.main import main
+from hf_vlp.models.catalog import ARCHITECTURES
+from hf_vlp.models.clip.image_processing_clip import CLIPImageProcessorPil
+from tests.tiny import llava as tiny
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Folders of a vision tower and of a language model."""
+    folder = tmp_path_factory.mktemp("parts")
+    tiny.vision_tower().save_pretrained(folder / "vision")
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(
+        folder / "vision"
+    )
+    words = tiny.tokenizer()
+    tiny.language_model(len(words)).save_pretrained(folder / "language")
+    words.save_pretrained(folder / "language")
+    return str(folder / "vision"), str(folder / "language")
+
+
+def new(parts: tuple[str, str], connector: str, out: Path, *options: str) -> int:
+    return main(
+        ["new", "--vision", parts[0], "--language", parts[1], "--connector", connector, "--out", str(out), *options]
+    )
+
+
+@pytest.mark.parametrize("connector", ["linear", "mlp"])
+@pytest.mark.parametrize("tiles", [False, True])
+def test_projectors(
+    connector: str, tiles: bool, parts: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert new(parts, connector, out, *(["--tiles"] if tiles else [])) == 0
+    assert "llava_stage1 --model_name_or_path" in capsys.readouterr().out
+    model = AutoModelForImageTextToText.from_pretrained(out)
+    kind = "LlavaNextForConditionalGeneration" if tiles else "LlavaForConditionalGeneration"
+    assert type(model) is getattr(transformers, kind)
+    assert model.config.projector_hidden_act == ("linear" if connector == "linear" else "gelu")
+    assert new(parts, connector, out) == EXIT_FAILED
+    assert "exists" in capsys.readouterr().err
+
+
+def test_a_seed_gives_the_same_folder(parts: tuple[str, str], tmp_path: Path) -> None:
+    for name, seed in (("one", "1"), ("same", "1"), ("other", "2")):
+        assert new(parts, "mlp", tmp_path / name, "--seed", seed) == 0
+    one, same, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("one", "same", "other"))
+    assert one == same
+    assert one != other
+
+
+@pytest.mark.skipif("qwen_vl" not in ARCHITECTURES, reason="no Qwen-VL in this version")
+def test_a_resampler(parts: tuple[str, str], tmp_path: Path) -> None:
+    assert new(parts, "resampler", tmp_path / "out", "--num_query_tokens", "4") == 0
+    assert ARCHITECTURES["qwen_vl"].load("model").from_pretrained(tmp_path / "out").config.model_type == "qwen_vl"
+
+
+def test_a_visual_expert_needs_the_tower_of_a_cogvlm(
+    parts: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert new(parts, "visual-expert", tmp_path / "out") == EXIT_USAGE
+    assert "tower of a CogVLM folder" in capsys.readouterr().err
+
+
+def test_connectors_that_are_not_there(
+    parts: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(ARCHITECTURES, "qwen_vl", raising=False)
+    assert new(parts, "resampler", tmp_path / "out") == EXIT_USAGE
+    assert "there are: linear, mlp, qformer" in capsys.readouterr().err
+
+
+def test_a_vision_model_without_patches(
+    parts: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert new((parts[1], parts[1]), "mlp", tmp_path / "out") == EXIT_FAILED
+    assert "no patches" in capsys.readouterr().err

@@ -1,0 +1,131 @@
+"""LLaVA's processors: native counts and folders, prompts, placeholders that do not match."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoProcessor, CLIPVisionConfig
+
+from hf_vlp.data.conversations import ConversationCollator, make_template
+from hf_vlp.models.llava.anyres_llava import TileError
+from hf_vlp.models.llava.processing_llava import (
+    CHAT_TEMPLATES,
+    ImageTokenMissingError,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    chat_template_of,
+    use_template,
+)
+from tests.tiny import llava as tiny
+
+TILES = pytest.mark.parametrize("tiles", [False, True], ids=["llava", "llava_next"])
+SIZES = ((20, 13), (16, 16), (9, 30), (64, 16), (40, 41))
+QUESTION = {"role": "user", "content": [{"type": "text", "text": "what is this?"}, {"type": "image"}]}
+
+
+@TILES
+def test_the_counts_are_those_of_the_model(tiles: bool) -> None:
+    model, processor = tiny.llava(tiles=tiles)
+    images = tiny.pictures(*SIZES)
+    features, counts = processor.prepare_images(images)
+    with torch.no_grad():
+        assert counts == [len(one) for one in model.image_features(**features)]
+    ids = processor(images=images, text=["<image>"] * len(images), return_tensors="pt")["input_ids"]
+    assert (ids == model.config.image_token_id).sum(dim=1).tolist() == counts
+
+
+@TILES
+def test_a_native_folder(tiles: bool, tmp_path: Path) -> None:
+    _, processor = tiny.llava(tiles=tiles)
+    processor.save_pretrained(tmp_path)
+    native = AutoProcessor.from_pretrained(tmp_path)
+    assert type(native) is (transformers.LlavaNextProcessor if tiles else transformers.LlavaProcessor)
+    assert native.tokenizer.padding_side == "left"
+    again = type(processor).from_pretrained(tmp_path)
+    images = tiny.pictures(*SIZES)
+    text = ["what ? <image>"] * len(images)
+    expected = processor(images=images, text=text, return_tensors="pt", padding=True)
+    for other in (native, again):
+        found = other(images=images, text=text, return_tensors="pt", padding=True)
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+    assert native.apply_chat_template([QUESTION], add_generation_prompt=True) == processor.apply_chat_template(
+        [QUESTION], add_generation_prompt=True
+    )
+
+
+def test_a_picture_alone() -> None:
+    _, processor = tiny.llava()
+    inputs = processor(images=tiny.pictures((9, 9), (8, 20)), return_tensors="pt")
+    assert inputs["input_ids"].shape == (2, 4)
+    assert inputs["pixel_values"].shape == (2, 3, 16, 16)
+
+
+def test_placeholders_that_do_not_match() -> None:
+    _, processor = tiny.llava()
+    with pytest.raises(ValueError, match="1 pictures for 2 <image>"):
+        processor(images=tiny.pictures((9, 9)), text="<image> and <image>")
+    with pytest.raises(ValueError, match="0 pictures for 1 <image>"):
+        processor(text="what is <image>")
+
+
+def test_a_tokenizer_without_an_image_token() -> None:
+    _, processor = tiny.llava()
+    with pytest.raises(ImageTokenMissingError, match="for_language_model"):
+        LlavaProcessor(processor.image_processor, tiny.tokenizer(), patch_size=8)
+
+
+def test_grids_over_the_maximum() -> None:
+    config = CLIPVisionConfig(image_size=16, patch_size=8)
+    with pytest.raises(TileError, match="over the maximum of 2"):
+        LlavaNextProcessor.for_language_model(tiny.tokenizer(), config, image_grid_pinpoints=[[32, 32]], max_tiles=2)
+    with pytest.raises(TileError, match="at least 2"):
+        LlavaNextProcessor.for_language_model(tiny.tokenizer(), config, max_tiles=1)
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1"])
+def test_the_prompt_is_the_training_text_up_to_the_answer(name: str) -> None:
+    _, processor = tiny.llava(template=name)
+    conversation = [
+        QUESTION,
+        {"role": "assistant", "content": [{"type": "text", "text": "a square"}]},
+        {"role": "user", "content": [{"type": "text", "text": "how many?"}]},
+    ]
+    trained = make_template(name, processor).prompt(conversation).text
+    assert processor.apply_chat_template(conversation, add_generation_prompt=True) == trained
+    whole = make_template(name, processor).render([*conversation, conversation[1]]).text
+    assert processor.apply_chat_template([*conversation, conversation[1]]) == whole
+
+
+def test_chat_templates() -> None:
+    words = tiny.tokenizer()
+    assert chat_template_of(words) == CHAT_TEMPLATES["vicuna_v1"]
+    with pytest.raises(ValueError, match="no chat template"):
+        chat_template_of(words, "chat")
+    with pytest.raises(ValueError, match="unknown template 'nonsense'"):
+        chat_template_of(words, "nonsense")
+    words.chat_template = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
+    _, processor = tiny.llava()
+    processor.tokenizer.chat_template = words.chat_template
+    use_template(processor, "chat")
+    assert processor.apply_chat_template([QUESTION]) == "[<image>\nwhat is this?]"
+    assert processor.apply_chat_template([{"role": "user", "content": "hi"}]) == "[hi]"
+    use_template(processor, "vicuna_v1")
+    assert processor.chat_template == CHAT_TEMPLATES["vicuna_v1"]
+
+
+@TILES
+@pytest.mark.parametrize("pack_to", [None, 120])
+def test_batches_of_conversations_fit_the_model(tiles: bool, pack_to: int | None) -> None:
+    from tests.training.llava_runs import conversations
+
+    model, processor = tiny.llava(tiles=tiles)
+    rows: list[dict[str, Any]] = conversations(6)
+    batch = ConversationCollator(processor, pack_to=pack_to)(rows)
+    batch.pop("record_report")
+    plain = ConversationCollator(processor)(rows)
+    plain.pop("record_report")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).loss, model(**plain).loss)
