@@ -62,16 +62,16 @@ RECIPES: dict[str, Recipe] = {
         ("albef", _ALBEF),
         {
             "tower": ("clip", {
-                "model_type": "eva_clip", "size": "nano", "image_size": 40, "vocab_size": 400, "train_data": "{web}",
+                "model_type": "eva_clip", "size": "nano", "image_size": 40, "vocab_size": 600, "train_data": "{web}",
                 **_SHORT, "max_steps": 500, "learning_rate": 1e-3, "warmup_steps": 50,
             }),
             "language": ("language_model", {
-                "text_file": "{text}", "hidden_size": 96, "num_hidden_layers": 3, "vocab_size": 400,
+                "text_file": "{text}", "hidden_size": 96, "num_hidden_layers": 3, "vocab_size": 600,
                 **_SHORT, "max_steps": 500, "learning_rate": 1e-3, "warmup_steps": 50,
             }),
             "stage1": ("blip2_stage1", {
                 "vision_model": "{tower}", "qformer_size": "nano", "num_query_tokens": 8, "qformer_dropout": 0,
-                "cross_attention_frequency": 1, "image_text_hidden_size": 64, "vocab_size": 400,
+                "cross_attention_frequency": 1, "image_text_hidden_size": 64, "vocab_size": 600,
                 "train_data": "{web}", **_SHORT, "max_steps": 400, "learning_rate": 1e-3, "warmup_steps": 40,
             }),
             "captioner": ("blip2_stage2", {

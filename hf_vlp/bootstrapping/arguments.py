@@ -42,6 +42,7 @@ class CapFiltArguments:
     method: str = _option("nucleus", "How captions are made.", choices=["nucleus", "beam"])
     top_p: float = _option(0.9, "Nucleus: probability mass that is drawn from.")
     temperature: float = _option(1.0, "Nucleus: divisor of the logits.")
+    top_k: int = _option(0, "Nucleus: tokens that are drawn from at most; 0 for no limit.")
     samples: int = _option(1, "Nucleus: captions an image.")
     num_beams: int = _option(3, "Beam: width.")
     max_new_tokens: int = _option(30, "Longest caption, in tokens.")
@@ -97,6 +98,7 @@ def run_arguments(arguments: CapFiltArguments, say: Callable[[str], None] | None
         method=arguments.method,
         top_p=arguments.top_p,
         temperature=arguments.temperature,
+        top_k=arguments.top_k,
         num_beams=arguments.num_beams,
         samples=arguments.samples,
         max_new_tokens=arguments.max_new_tokens,

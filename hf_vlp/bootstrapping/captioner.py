@@ -25,6 +25,7 @@ class CaptionSettings:
         method: `"nucleus"` or `"beam"`.
         top_p: of nucleus sampling; 0.9 in section 4.3 of the paper.
         temperature: of nucleus sampling.
+        top_k: of nucleus sampling: tokens that are drawn from at most, 0 for all.
         num_beams: of beam search.
         samples: captions an image; more than one only by nucleus sampling.
         max_new_tokens: longest caption, in tokens.
@@ -39,6 +40,7 @@ class CaptionSettings:
     method: str = "nucleus"
     top_p: float = 0.9
     temperature: float = 1.0
+    top_k: int = 0
     num_beams: int = 3
     samples: int = 1
     max_new_tokens: int = 30
@@ -61,7 +63,7 @@ class CaptionSettings:
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty}: it must be positive")
         # Says what is wrong with the two others.
-        SeededNucleus([], top_p=self.top_p, temperature=self.temperature)
+        SeededNucleus([], top_p=self.top_p, temperature=self.temperature, top_k=self.top_k)
 
 
 class Captioner:
@@ -86,7 +88,7 @@ class Captioner:
 
     def recorded(self) -> dict[str, Any]:
         """What decides the captions, for the settings of the set. Arguments that the method does not use stay out."""
-        unused = ("top_p", "temperature") if self.settings.method == "beam" else ("num_beams",)
+        unused = ("top_p", "temperature", "top_k") if self.settings.method == "beam" else ("num_beams",)
         used = {name: value for name, value in asdict(self.settings).items() if name not in unused}
         return {"model": self.fingerprint, **used}
 
@@ -115,7 +117,7 @@ class Captioner:
             generation |= {"num_beams": settings.num_beams, "do_sample": False}
         else:
             rows = [seed for own in seeds for seed in own]
-            nucleus = SeededNucleus(rows, top_p=settings.top_p, temperature=settings.temperature)
+            nucleus = SeededNucleus(rows, top_p=settings.top_p, temperature=settings.temperature, top_k=settings.top_k)
             generation |= {
                 # Sampling from the one token that is left: several samples an image then share its encoding.
                 "do_sample": True,

@@ -264,7 +264,7 @@ class _Job:
             texts=_counted(records),
             images=len(rows),
             files=self._write(name, source, records, rows),
-            seconds=time.perf_counter() - started,
+            seconds=round(time.perf_counter() - started, 3),
         )
 
     def _prepared(self, source: Source, unit: Unit, pool: ThreadPoolExecutor) -> Iterator[_Batch]:

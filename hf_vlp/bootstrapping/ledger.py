@@ -103,7 +103,7 @@ class UnitEntry:
             "texts": {origin: counts.as_dict() for origin, counts in sorted(self.texts.items())},
             "images": self.images,
             "files": self.files,
-            "seconds": round(self.seconds, 3),
+            "seconds": self.seconds,
         }
 
     @classmethod

@@ -41,20 +41,23 @@ class SeededNucleus(LogitsProcessor):
         seeds: one for each row.
         top_p: the smallest set of most probable tokens whose probabilities add up to this is drawn from; 1 for all.
         temperature: divisor of the logits.
+        top_k: only so many of the most probable tokens are drawn from, before `top_p`; 0 for all.
 
     Raises:
-        ValueError: `top_p` outside of (0, 1], `temperature` not positive.
+        ValueError: `top_p` outside of (0, 1], `temperature` not positive, `top_k` negative.
     """
 
     # Compatible with assisted or continuous batching it is not: rows must stay in place from step to step.
     supports_continuous_batching = False
 
-    def __init__(self, seeds: Sequence[int], *, top_p: float = 0.9, temperature: float = 1.0) -> None:
+    def __init__(self, seeds: Sequence[int], *, top_p: float = 0.9, temperature: float = 1.0, top_k: int = 0) -> None:
         if not 0.0 < top_p <= 1.0:
             raise ValueError(f"top_p={top_p}: give a share above 0 and at most 1")
         if temperature <= 0.0:
             raise ValueError(f"temperature={temperature}: it must be positive (for the most probable text use beam)")
-        self.seeds, self.top_p, self.temperature = list(seeds), top_p, temperature
+        if top_k < 0:
+            raise ValueError(f"top_k={top_k}: give a number of tokens, or 0 for all")
+        self.seeds, self.top_p, self.temperature, self.top_k = list(seeds), top_p, temperature, top_k
         self._streams = [np.random.Generator(np.random.Philox(key=seed)) for seed in self.seeds]
         self._drawn = np.empty((len(self.seeds), 0))
         self._step = 0
@@ -74,8 +77,12 @@ class SeededNucleus(LogitsProcessor):
         probabilities = (scores.to(precise) / self.temperature).softmax(dim=-1)
         # Stable: tokens of the same probability stand in the order of their ids, in every batch.
         ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+        if self.top_k:
+            ordered = ordered.clone()
+            ordered[:, self.top_k :] = 0.0
+            ordered /= ordered.sum(dim=-1, keepdim=True)
         before = ordered.cumsum(dim=-1) - ordered
-        inside = before < self.top_p
+        inside = (before < self.top_p) & (ordered > 0)
         inside[:, 0] = True
         mass = ordered.masked_fill(~inside, 0.0)
         reached = mass.cumsum(dim=-1)

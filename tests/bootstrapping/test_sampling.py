@@ -31,6 +31,17 @@ def test_temperature_divides_the_logits():
     assert torch.allclose(counts / 20_000, (logits[0] / 2).softmax(-1), atol=0.015)
 
 
+def test_top_k_comes_before_top_p():
+    """Of .4 .3 .2 .1 the first three make 4/9 3/9 2/9; a nucleus of .7 of that is the first two (4/9 < .7 < 7/9)."""
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(20_000, -1)
+    counts = torch.bincount(torch.tensor(drawn(logits, list(range(20_000)), top_p=0.7, top_k=3)), minlength=4)
+    assert torch.allclose(counts / 20_000, torch.tensor([4.0, 3.0, 0.0, 0.0]) / 7, atol=0.015)
+    counts = torch.bincount(torch.tensor(drawn(logits, list(range(20_000)), top_p=1.0, top_k=3)), minlength=4)
+    assert torch.allclose(counts / 20_000, torch.tensor([4.0, 3.0, 2.0, 0.0]) / 9, atol=0.015)
+    assert set(drawn(logits, list(range(50)), top_p=1.0, top_k=1)) == {0}
+    assert drawn(logits, list(range(50)), top_p=0.85, top_k=40) == drawn(logits, list(range(50)), top_p=0.85)
+
+
 def test_a_tiny_nucleus_is_the_most_probable_token():
     scores = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
     assert drawn(scores, list(range(50)), top_p=1e-9) == scores.argmax(-1).tolist()
@@ -65,7 +76,8 @@ def test_seeds_differ_by_record_and_sample():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"top_p": 0.0}, "top_p=0.0"), ({"top_p": 1.5}, "top_p"), ({"temperature": 0}, "beam")]
+    ("options", "words"),
+    [({"top_p": 0.0}, "top_p=0.0"), ({"top_p": 1.5}, "top_p"), ({"top_k": -1}, "top_k"), ({"temperature": 0}, "beam")],
 )
 def test_wrong_values_are_refused(options: dict, words: str):
     with pytest.raises(ValueError, match=words):
