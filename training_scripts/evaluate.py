@@ -1,9 +1,10 @@
-r"""Evaluates a saved model: retrieval, zero-shot classification, captioning, VQA. The same as `hf-vlp evaluate`.
+r"""Evaluates a saved model on any task of the package, from retrieval to dialog. The same as `hf-vlp evaluate`.
 
     python training_scripts/evaluate.py --task retrieval --model outputs/stage1/model --data shapes --rerank 16
     accelerate launch --num_processes 8 training_scripts/evaluate.py --task retrieval \
         --model path/to/clip --data path/to/coco_karpathy.json --image_root path/to/images --split test
     python training_scripts/evaluate.py --task captioning --model outputs/stage2/model --options num_beams=3
+    python training_scripts/evaluate.py --task grounding --model outputs/albef/model --options layer=3
 """
 
 from dataclasses import dataclass
