@@ -1,6 +1,6 @@
 """Claim: a set that a captioner and a filter made out of noisy web data is better to pretrain on than the web data.
 
-    python benchmarks/claims/capfilt.py [--seeds 0 1 2] [--arms none "both (nucleus)"] [--recipe albef]
+    python benchmarks/claims/capfilt.py [--seeds 0 1 2] [--arms none "both (nucleus)"] [--recipe blip]
 
 BLIP (arXiv 2201.12086), section 3.3 and tables 1 and 2, on Shapes with 40% wrong captions as the web and 1,000 clean
 scenes as what people wrote. Per seed: pretrain on web and human data; fine-tune captioner and filter on the human
@@ -57,6 +57,18 @@ _FILTER = ("finetune_retrieval", {
 })  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {
+    # As in the paper: one pretrained BLIP becomes captioner and filter.
+    "blip": Recipe(
+        ("blip", _ALBEF),
+        {
+            "captioner": ("finetune_captioning", {
+                "model_name_or_path": "{pretrained}", "train_data": "{human}", "prompt": "a picture of", **_SHORT,
+                "max_steps": 300, "learning_rate": 3e-4, "warmup_steps": 30,
+            }),
+            "filter": _FILTER,
+        },
+        prompt="a picture of",
+    ),
     # ALBEF is what is compared and what filters; it writes nothing, so BLIP-2 captions.
     "albef": Recipe(
         ("albef", _ALBEF),

@@ -7,10 +7,11 @@ from hf_vlp.bootstrapping import Captioner, sampling_seed
 from hf_vlp.bootstrapping.captioner import CaptionSettings
 from hf_vlp.evaluation.generation import generate_texts, prompts_end_together
 from hf_vlp.evaluation.runtime import evaluating
+from tests.bootstrapping.blip import blip_model, blip_processor
 from tests.tiny import blip2
 
 COUNT = 5
-KINDS = ("opt", "llama", "t5")
+KINDS = ("opt", "llama", "t5", "blip")
 
 
 def captions(captioner: Captioner, batch_size: int, samples: int = 1) -> list[list[str]]:
@@ -27,6 +28,8 @@ def captions(captioner: Captioner, batch_size: int, samples: int = 1) -> list[li
 @pytest.fixture(scope="module", params=KINDS)
 def captioner(request: pytest.FixtureRequest) -> Captioner:
     settings = CaptionSettings(max_new_tokens=9)
+    if request.param == "blip":
+        return Captioner(blip_model(), blip_processor(), settings)
     return Captioner(blip2.generation_model(request.param), blip2.generation_processor(request.param), settings)
 
 

@@ -9,8 +9,10 @@ from hf_vlp.bootstrapping.text_filter import FilterSettings, Score
 from hf_vlp.evaluation.runtime import evaluating
 from hf_vlp.models.albef.modeling_albef import AlbefForImageTextRetrieval
 from hf_vlp.models.albef.processing_albef import AlbefProcessor
+from hf_vlp.models.blip.modeling_blip import BlipForImageTextRetrieval
 from hf_vlp.models.blip2.processing_blip_2 import default_image_processor
 from hf_vlp.models.clip.modeling_clip import CLIPModel
+from tests.bootstrapping.blip import blip_model, blip_processor
 from tests.tiny import albef, blip2, clip
 
 
@@ -23,11 +25,15 @@ def albef_filter(settings: FilterSettings) -> TextFilter:
     return TextFilter(model, AlbefProcessor(default_image_processor(albef.IMAGE_SIZE), tokenizer), settings)
 
 
+def blip_filter(settings: FilterSettings) -> TextFilter:
+    return TextFilter(blip_model(BlipForImageTextRetrieval), blip_processor(), settings)
+
+
 def blip2_filter(settings: FilterSettings) -> TextFilter:
     return TextFilter(blip2.retrieval_model(), blip2.retrieval_processor(), settings)
 
 
-@pytest.fixture(scope="module", params=[albef_filter, blip2_filter])
+@pytest.fixture(scope="module", params=[albef_filter, blip_filter, blip2_filter])
 def judge(request: pytest.FixtureRequest) -> TextFilter:
     return request.param(FilterSettings(0.5, 0.1))
 
