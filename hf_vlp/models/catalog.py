@@ -57,6 +57,7 @@ def is_training_role(role: str) -> bool:
 _CLIP = "hf_vlp.models.clip"
 _BLIP2 = "hf_vlp.models.blip2"
 _ALBEF = "hf_vlp.models.albef"
+_BLIP = "hf_vlp.models.blip"
 _LLAVA = "hf_vlp.models.llava"
 _COGVLM = "hf_vlp.models.cogvlm"
 _INSTRUCTBLIP = "hf_vlp.models.instructblip"
@@ -205,6 +206,56 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "processor": f"{_ALBEF}.processing_albef:AlbefProcessor",
             },
             reference="albef",
+        ),
+        Architecture(
+            model_type="blip",
+            title="BLIP",
+            paper="2201.12086",
+            native=True,
+            objectives=("ITC", "ITM", "LM"),
+            script={
+                "pretrain": "blip.py",
+                "retrieval": "finetune_retrieval.py",
+                "captioning": "finetune_captioning.py",
+                "VQA": "finetune_vqa.py",
+                "NLVR2": "finetune_nlvr2.py",
+                "dialog": "finetune_dialog.py",
+            },
+            classes={
+                "config": "transformers:BlipConfig",
+                "model": f"{_BLIP}.modeling_blip:BlipForImageTextRetrieval",
+                "retrieval": f"{_BLIP}.modeling_blip:BlipForImageTextRetrieval",
+                "zero_shot": f"{_BLIP}.modeling_blip:BlipForImageTextRetrieval",
+                "captioning": f"{_BLIP}.modeling_blip:BlipForConditionalGeneration",
+                "vqa": f"{_BLIP}.modeling_blip:BlipForQuestionAnswering",
+                "dialog": f"{_BLIP}.tasks_blip:BlipForVisualDialog",
+                "pretraining": f"{_BLIP}.pretraining_blip:BlipForPreTraining",
+                "finetune_retrieval": f"{_BLIP}.retrieval_blip:BlipForRetrievalFineTuning",
+                "finetune_captioning": f"{_BLIP}.modeling_blip:BlipForConditionalGeneration",
+                "finetune_vqa": f"{_BLIP}.tasks_blip:BlipForQuestionAnsweringFineTuning",
+                "finetune_visual_reasoning": f"{_BLIP}.tasks_blip:BlipTasksForVisualReasoning",
+                "finetune_dialog": f"{_BLIP}.tasks_blip:BlipForVisualDialog",
+                "processor": f"{_BLIP}.processing_blip:BlipProcessor",
+            },
+            reference="blip",
+        ),
+        Architecture(
+            model_type="blip_tasks",
+            title="BLIP for two images, or with towers of different widths",
+            paper="2201.12086",
+            native=False,
+            objectives=("LM",),
+            script={"VQA": "finetune_vqa.py", "NLVR2": "finetune_nlvr2.py"},
+            classes={
+                "config": f"{_BLIP}.configuration_blip_tasks:BlipTasksConfig",
+                "model": f"{_BLIP}.tasks_blip:BlipTasksForVisualReasoning",
+                "vqa": f"{_BLIP}.tasks_blip:BlipTasksForQuestionAnswering",
+                "visual_reasoning": f"{_BLIP}.tasks_blip:BlipTasksForVisualReasoning",
+                "finetune_vqa": f"{_BLIP}.tasks_blip:BlipForQuestionAnsweringFineTuning",
+                "finetune_visual_reasoning": f"{_BLIP}.tasks_blip:BlipTasksForVisualReasoning",
+                "processor": f"{_BLIP}.processing_blip:BlipProcessor",
+            },
+            reference="blip",
         ),
         Architecture(
             model_type="llava",

@@ -243,3 +243,23 @@ def test_question_answering(case: Case):
     case.compare("generate/sequences", found.sequences)
     case.compare("generate/sequences_scores", found.sequences_scores)
     case.compare("generate/sum_logprob", sum_of_log_probabilities(case, found, tokens["sep"]))
+
+
+@reference("blip/nlvr")
+def test_visual_reasoning(case: Case):
+    model = model_of(case).train()
+    ids, mask = case.inputs["input_ids"], case.inputs["attention_mask"]
+    # Recorded as all first images before all second ones.
+    pixel_values = torch.stack(case.inputs["image"].chunk(2), dim=1)
+    assert model.config.merge_from == case.config["merge_start_layer"]
+    output = model(pixel_values, ids, mask, labels=case.inputs["targets"])
+    case.compare("loss", output.loss)
+    case.compare("logits", output.logits)
+    output.loss.backward()
+    compare_prefixed(case, "grad/", original_gradients(model))
+    model.eval()
+    with torch.no_grad():
+        images = model.encode_images(case.inputs["image"])
+        case.compare("image_embeds", images)
+        case.compare("last_hidden_state", model.text_encoder(model.with_enc(ids), mask, *images.chunk(2)))
+        case.compare("logits_eval", model(pixel_values, ids, mask).logits)

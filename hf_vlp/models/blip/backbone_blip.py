@@ -1,4 +1,4 @@
-"""What BLIP's models share: loading that fails loudly, image size, special tokens, initialisation from other models."""
+"""What BLIP's models share: loading that fails loudly, image size, special tokens, starting from other models."""
 
 import copy
 from collections.abc import Mapping
@@ -49,8 +49,8 @@ def enc_token_id(config: BlipConfig) -> int:
         own = text.bos_token_id + 1
     if own is None or not 0 <= own < text.vocab_size:
         raise ValueError(
-            f"[ENC] would be token {own}, but the text model has {text.vocab_size}: set config.text_config.enc_token_id"
-            " (config from use_tokenizer)"
+            f"[ENC] would be token {own}, but the text model has {text.vocab_size}: set "
+            "config.text_config.enc_token_id"
         )
     return own
 

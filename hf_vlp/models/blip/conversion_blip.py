@@ -193,15 +193,15 @@ def config_from_original(
         enc_token_id=vocabulary - 1 if enc_token_id is None else enc_token_id,
         label_smoothing=0.1,
     )
-    vision = dict(
-        hidden_size=width,
-        num_hidden_layers=_layers(state, r"visual_encoder\.blocks\.(\d+)\."),
-        num_attention_heads=vision_heads or width // 64,
-        intermediate_size=state["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0],
-        image_size=side * patch,
-        patch_size=patch,
-        layer_norm_eps=1e-6,
-    )
+    vision = {
+        "hidden_size": width,
+        "num_hidden_layers": _layers(state, r"visual_encoder\.blocks\.(\d+)\."),
+        "num_attention_heads": vision_heads or width // 64,
+        "intermediate_size": state["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0],
+        "image_size": side * patch,
+        "patch_size": patch,
+        "layer_norm_eps": 1e-6,
+    }
     config = BlipConfig(vision_config=vision, text_config=fields)
     if "vision_proj.weight" in state:
         config.image_text_hidden_size = state["vision_proj.weight"].shape[0]

@@ -25,7 +25,7 @@ from hf_vlp.models.blip.modeling_blip import BlipForImageTextRetrieval, adopt_de
 
 
 def tied_names(config: BlipConfig) -> dict[str, str]:
-    """Decoder parameter -> encoder parameter, for everything but self-attention and the prediction head's transform."""
+    """Decoder parameter -> encoder parameter, for all but self-attention and the prediction head's transform."""
     shared = ["embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"]
     shared += [f"embeddings.LayerNorm.{part}" for part in ("weight", "bias")]
     modules = [f"crossattention.{name}" for name in ("self.query", "self.key", "self.value")]

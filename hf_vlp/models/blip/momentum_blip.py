@@ -21,7 +21,7 @@ from hf_vlp.models.blip.text_blip import Branch, text_pass, with_first
 from hf_vlp.models.blip.vision_blip import encode_images
 from hf_vlp.models.momentum import MomentumContrastMixin
 from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin
-from hf_vlp.nn.momentum import momentum_twin, update_twin
+from hf_vlp.nn.momentum import momentum_twin
 from hf_vlp.nn.queue import FeatureQueue
 from hf_vlp.objectives.distributed import batch_sizes, gather, offset_of, world
 from hf_vlp.objectives.matching import HardNegatives
