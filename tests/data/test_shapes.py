@@ -190,12 +190,24 @@ def test_everything_else_that_captions_say_is_true_too() -> None:
     assert min(found[name] for name in ("background", "relation", "size", "texture", "place")) > 100
 
 
+def test_rows_put_objects_side_by_side_at_any_height() -> None:
+    scenes = load_shapes("train", size=100, grid=3, rows=1, max_objects=3, image_size=60, sizes=("small",))
+    boxes = [thing["box"] for row in scenes for thing in row["objects"]]
+    assert {box[0] // 20 for box in boxes} == {0, 1, 2} == {(box[1] + 5) // 20 for box in boxes}
+    places = {thing["place"] for row in scenes for thing in row["objects"]}
+    assert places == {"left", "center", "right"}
+    with pytest.raises(ValueError, match="3 cells"):
+        load_shapes("train", size=1, grid=3, rows=1, max_objects=4)
+    with pytest.raises(ValueError, match="rows=4"):
+        load_shapes("train", size=1, grid=3, rows=4)
+
+
 def test_wording_varies_and_plain_does_not() -> None:
     varied = {text for row in load_shapes(size=300) for text in row["text"]}
     assert len(varied) > 800
     assert {word for text in varied for word in text.split()} >= {"disc", "violet", "crimson", "chequered", "tiny"}
-    for row in load_pairs("shapes:simple", size=200):
-        things = sorted(row["objects"], key=lambda thing: (thing["box"][1] >= 16, thing["box"][0] >= 16))
+    for row in [*load_pairs("shapes:simple", size=200), *load_pairs("shapes:row", size=200)]:
+        things = sorted(row["objects"], key=lambda thing: (thing["place"].startswith("bottom"), thing["box"][0]))
         names = [f"{'an' if t['color'][0] in 'aeiou' else 'a'} {t['color']} {t['shape']}" for t in things]
         assert row["text"] == [" and ".join(names)]
 
@@ -221,7 +233,7 @@ def test_objects_are_different_inside_and_do_not_touch() -> None:
 @pytest.mark.parametrize("texture", TEXTURES)
 def test_the_picture_shows_the_object_in_its_box(shape: str, texture: str) -> None:
     thing = SceneObject(shape, "red", "large", texture, 0, 0, 20, 22, 16, (200, 30, 30))
-    image = np.asarray(drawing.draw(Scene(64, 1, "white", (240, 240, 240), (thing,)))).astype(int)
+    image = np.asarray(drawing.draw(Scene(64, 1, 1, "white", (240, 240, 240), (thing,)))).astype(int)
     changed = (image != 240).any(axis=2)
     rows, columns = np.nonzero(changed.any(axis=1))[0], np.nonzero(changed.any(axis=0))[0]
     left, top, right, bottom = thing.box

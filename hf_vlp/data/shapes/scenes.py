@@ -29,6 +29,7 @@ class ShapesConfig:
     Attributes:
         image_size: side of the square image, in pixels.
         grid: cells a side; at most one object stands in a cell, so objects never overlap.
+        rows: rows of cells, where there are not as many as `grid`; 1 puts the objects side by side, at any height.
         min_objects, max_objects: how many objects a scene has, both ends included.
         colors, shapes, sizes, textures, backgrounds: what is drawn from, names of `vocabulary`.
         heldout: combinations of colour and shape that occur in split `"heldout"` only (there, every object is one)
@@ -60,6 +61,7 @@ class ShapesConfig:
     order: Literal["random", "reading"] = "random"
     captions: int = 3
     caption_noise: float = 0.0
+    rows: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -86,10 +88,12 @@ class ShapesConfig:
             raise ValueError(f"caption_noise={self.caption_noise} is not a share between 0 and 1")
         if self.grid < 1 or self.image_size < 6 * self.grid:
             raise ValueError(f"image_size={self.image_size}: at least 6 pixels for each of the grid={self.grid} cells")
-        if not 1 <= self.min_objects <= self.max_objects <= self.grid**2:
+        if self.rows is not None and not 1 <= self.rows <= self.grid:
+            raise ValueError(f"rows={self.rows}: from 1 to as many as the grid={self.grid} has columns")
+        if not 1 <= self.min_objects <= self.max_objects <= self.cells:
             raise ValueError(
                 f"min_objects={self.min_objects}, max_objects={self.max_objects}: need 1 <= min <= max <= "
-                f"grid**2 = {self.grid**2}"
+                f"{self.cells} cells"
             )
         for name, pairs in (("heldout", self.heldout_pairs), ("other", self.trained_pairs)):
             if len(pairs) < self.max_objects and (name == "other" or pairs):
@@ -98,13 +102,19 @@ class ShapesConfig:
                     f"{self.max_objects} different objects; change heldout={self.heldout!r}, colors or shapes"
                 )
 
+    @property
+    def cells(self) -> int:
+        """Places for objects, counted row by row."""
+        return self.grid * (self.rows or self.grid)
+
     @classmethod
     def preset(cls, name: str, **options: Any) -> "ShapesConfig":
         """The named settings, with `options` in place of single fields.
 
         Args:
-            name: `"default"`, or `"simple"`: 40 px, one or two plain objects of one size on white, one caption in
-                plain words that names them row by row; learnable in minutes on a CPU.
+            name: `"default"`; `"simple"`: 40 px, one or two plain objects of one size on white, one caption in plain
+                words that names them row by row; or `"row"`: the same with eleven colours and the objects side by
+                side, named from left to right. The last is learnable in minutes on a CPU.
 
         Raises:
             ValueError: unknown preset.
@@ -163,6 +173,7 @@ PRESETS: dict[str, ShapesConfig] = {
         captions=1,
     ),
 }
+PRESETS["row"] = replace(PRESETS["simple"], rows=1, colors=tuple(name for name in COLORS if name != "white"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,13 +209,14 @@ class Scene:
 
     image_size: int
     grid: int
+    rows: int
     background: str
     background_rgb: tuple[int, int, int]
     objects: tuple[SceneObject, ...]
 
     def place(self, thing: SceneObject) -> str:
         """Where an object stands: "top left", "bottom", "center", ..."""
-        return place_name(thing.row, thing.column, self.grid)
+        return place_name(thing.row, thing.column, self.rows, self.grid)
 
     def relation(self, first: SceneObject, second: SceneObject) -> tuple[str, ...]:
         """What holds of the first towards the second, out of left of, right of, above, below; never empty."""
@@ -239,10 +251,10 @@ class Scene:
         return "; ".join([*named, self.background] if with_background else named)
 
 
-def place_name(row: int, column: int, grid: int) -> str:
+def place_name(row: int, column: int, rows: int, columns: int) -> str:
     """Words for a cell: the outer rows and columns have names, those between them are the middle."""
-    vertical = "" if grid == 1 else "top" if row == 0 else "bottom" if row == grid - 1 else ""
-    horizontal = "" if grid == 1 else "left" if column == 0 else "right" if column == grid - 1 else ""
+    vertical = "" if rows == 1 else "top" if row == 0 else "bottom" if row == rows - 1 else ""
+    horizontal = "" if columns == 1 else "left" if column == 0 else "right" if column == columns - 1 else ""
     return f"{vertical} {horizontal}".strip() or "center"
 
 
@@ -256,7 +268,7 @@ def draw_scene(config: ShapesConfig, draws: Draws, pairs: tuple[Pair, ...]) -> S
     """
     count = draws.between(config.min_objects, config.max_objects)
     kinds = draws.sample(pairs, count)
-    cells = draws.sample(range(config.grid**2), count)
+    cells = draws.sample(range(config.cells), count)
     taken = {color for color, _ in kinds}
     backgrounds = [name for name in config.backgrounds if name not in taken] or list(config.backgrounds)
     background = draws.choice(backgrounds)
@@ -268,7 +280,7 @@ def draw_scene(config: ShapesConfig, draws: Draws, pairs: tuple[Pair, ...]) -> S
         objects.append(laid_out(config, draws, color, shape, size, texture, cell, jitter))
     red, green, blue = BACKGROUNDS[background]
     shaded = (red + shade, green + shade, blue + shade)
-    return Scene(config.image_size, config.grid, background, shaded, tuple(objects))
+    return Scene(config.image_size, config.grid, config.rows or config.grid, background, shaded, tuple(objects))
 
 
 def laid_out(
@@ -280,7 +292,8 @@ def laid_out(
         jitter: 48 random bits that the shade of its colour depends on.
     """
     row, column = divmod(cell, config.grid)
-    top, bottom = row * config.image_size // config.grid, (row + 1) * config.image_size // config.grid
+    rows = config.rows or config.grid
+    top, bottom = row * config.image_size // rows, (row + 1) * config.image_size // rows
     left, right = column * config.image_size // config.grid, (column + 1) * config.image_size // config.grid
     half = config.image_size // config.grid // 2
     radius = max(2, half * RADII[size] // 1000)

@@ -138,7 +138,7 @@ def hypotheses(
     thing = scene.objects[position]
     free = [
         cell
-        for cell in range(config.grid**2)
+        for cell in range(config.cells)
         if all((one.row, one.column) != divmod(cell, config.grid) for one in scene.objects)
     ]
     kinds = [

@@ -192,7 +192,7 @@ def load_shapes(
             (1 to 2 KB each at 64 px).
         size: number of scenes; 20,000 for train and 1,000 for the others if left out.
         seed: another seed, other scenes. The held-out combinations do not depend on it.
-        preset: `"default"` or `"simple"`.
+        preset: `"default"`, `"simple"` or `"row"`.
         unique: leave out a scene that no caption could tell from an earlier one of the dataset, and draw on until
             there are `size`; for retrieval, where such a twin is no mistake but counts as one. Not while streaming.
         options: fields of `ShapesConfig` in place of the preset's.
