@@ -17,7 +17,7 @@ from hf_vlp.data.tokenizers import train_opt_tokenizer
 from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, parse_arguments
 from hf_vlp.training.arguments import option, run_settings
 from hf_vlp.training.data import main_process_first, texts_of_rows
-from hf_vlp.training.text import TextCollator, TextDataset, text_lines
+from hf_vlp.training.text import BREAK, TextCollator, TextDataset, text_lines
 
 
 @dataclass
@@ -27,7 +27,9 @@ class ModelArguments:
     _argument_group_name: ClassVar[str] = "model"
 
     model_name_or_path: str | None = option(None, "Folder or Hub id to go on from; left out: from scratch.")
-    text_file: str | None = option(None, "Plain text, one text a line, to train on in place of the pairs' texts.")
+    text_file: str | None = option(
+        None, "Plain text to train on in place of the pairs' texts: one text a line, a tab where it begins anew."
+    )
     hidden_size: int = option(128, "Width, from scratch.")
     num_hidden_layers: int = option(4, "Layers, from scratch.")
     num_attention_heads: int = option(4, "Heads, from scratch.")
@@ -57,7 +59,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model = OPTForCausalLM.from_pretrained(model_args.model_name_or_path, dtype="float32")
     else:
         tokenizer = train_opt_tokenizer(
-            texts_of_rows(rows), model_args.vocab_size, max_length=model_args.max_position_embeddings
+            (piece for text in texts_of_rows(rows) for piece in text.split(BREAK)),
+            model_args.vocab_size,
+            max_length=model_args.max_position_embeddings,
         )
         config = OPTConfig(
             vocab_size=len(tokenizer),

@@ -20,7 +20,7 @@ from typing import Any
 
 from hf_vlp.resources import resource_folder
 
-PRESET = "simple"
+PRESET = "row"
 MODEL_FOLDER = "blip2-opt-shapes"
 TRAINING_SCENES = 20_000
 TEXTS = 20_000
@@ -58,20 +58,26 @@ STEPS = (
         "CLIP: image and text towers from scratch",
         "clip",
         600,
-        {"model_type": "eva_clip", "image_size": 40, "per_device_train_batch_size": 96, **_PAIRS},
+        {
+            "model_type": "eva_clip",
+            "image_size": 40,
+            "learning_rate": 2e-3,
+            "per_device_train_batch_size": 96,
+            **_PAIRS,
+        },
     ),
     Step(
         "language_model",
         "A language model on text alone",
         "language_model",
-        800,
+        400,
         {"text_file": "{out}/text.txt", "per_device_train_batch_size": 64},
     ),
     Step(
         "stage1",
         "BLIP-2 stage 1: a Q-Former before the frozen image tower",
         "blip2_stage1",
-        400,
+        700,
         {
             "vision_model": "{out}/clip/model",
             "num_query_tokens": 8,
@@ -85,11 +91,12 @@ STEPS = (
         "stage2",
         "BLIP-2 stage 2: the Q-Former before the frozen language model",
         "blip2_stage2",
-        700,
+        2400,
         {
             "stage1": "{out}/stage1/model",
             "language_model": "{out}/language_model/model",
-            "per_device_train_batch_size": 64,
+            # Small batches: what counts here is the number of steps in which the queries take different roles.
+            "per_device_train_batch_size": 32,
             **_PAIRS,
         },
     ),
@@ -165,11 +172,21 @@ class Demo:
         return metrics
 
     def write_text(self) -> None:
-        """The language model's text: several sentences on each of many scenes that are in no data set of pairs."""
+        """The language model's text: scenes that are in no data set of pairs, each described twice.
+
+        The second time behind another begin token: that is where a caption stands in stage 2, with the queries in
+        front of it. A language model that has only read sentences one by one cannot be told what to say.
+        """
         from hf_vlp.data.shapes import shapes_texts
+        from hf_vlp.training.text import BREAK
 
         texts = shapes_texts(
-            scaled(TEXTS, self.scale), preset=PRESET, seed=self.seed, sentences=3, all_combinations=True
+            scaled(TEXTS, self.scale),
+            preset=PRESET,
+            seed=self.seed,
+            sentences=2,
+            separator=BREAK,
+            all_combinations=True,
         )
         (self.output / "text.txt").write_text("\n".join(texts) + "\n")
 

@@ -13,6 +13,8 @@ from hf_vlp.data.records import texts_of
 
 # What ends a caption for OPT in stage 2, so the language model should have seen it as an end.
 STOP = "\n"
+# Parts a text into pieces that follow each other, each behind a begin token of its own.
+BREAK = "\t"
 
 
 def text_lines(path: str | Path) -> Rows:
@@ -63,7 +65,9 @@ class TextCollator:
     """A batch for a causal language model: `input_ids`, `attention_mask`, `labels` (-100 at padding).
 
     A text is preceded by the tokenizer's begin token and followed by the token that ends a caption in stage 2, a
-    newline where the vocabulary has one, else the end token.
+    newline where the vocabulary has one, else the end token. A tab inside it stands for another begin token: what
+    follows starts anew but can be read off what came before, as a caption in stage 2 is from the queries before its
+    begin token.
 
     Args:
         tokenizer: of the language model, with a padding token.
@@ -80,8 +84,9 @@ class TextCollator:
         start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         rows = []
         for text in texts:
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            rows.append(([*start, *ids, self.stop])[: self.max_length])
+            pieces = [self.tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in text.split(BREAK)]
+            ids = [token for piece in pieces for token in (*start, *piece)]
+            rows.append([*ids, self.stop][: self.max_length])
         longest = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
         input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in rows])

@@ -255,6 +255,7 @@ def shapes_texts(
     questions: bool = False,
     all_combinations: bool = False,
     sentences: int = 1,
+    separator: str = ". ",
     **options: Any,
 ) -> Iterator[str]:
     """Sentences of scenes that are in no dataset: text to train a tokenizer or a language model on.
@@ -268,6 +269,7 @@ def shapes_texts(
         sentences: sentences about the same scene in a text. From texts of several sentences a language model learns to
             say again in other words what it has just read, as it does from text at large; a model that can be told
             what to say is what a frozen language model needs to be.
+        separator: between the sentences.
     """
     world = ShapesWorld(ShapesConfig.preset(preset, **options), split, seed)
     if all_combinations:
@@ -280,7 +282,7 @@ def shapes_texts(
             yield f"Question: {asked.question} Answer: {asked.answer}"
         else:
             draws = world.draws(_CAPTIONS, index)
-            yield ". ".join(caption(world.config, scene, draws) for _ in range(sentences))
+            yield separator.join(caption(world.config, scene, draws) for _ in range(sentences))
 
 
 def _pair_rows(world: ShapesWorld, ranges: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
