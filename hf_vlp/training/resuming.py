@@ -137,7 +137,9 @@ class ResumableTrainer(Trainer):
             frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
             state_dict = {name: value for name, value in model.state_dict().items() if name not in frozen}
             checkpoints.write_json(folder / FROZEN_FILE, self._frozen_weights())
-        model.save_pretrained(folder, state_dict=state_dict)
+        # Under the names that the parameters have: some native types (LLaVA) save older names, which only
+        # `from_pretrained` knows how to read.
+        model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         checkpoints.write_json(folder / "training_args.json", self.args.to_sanitized_dict())
