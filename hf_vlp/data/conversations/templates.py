@@ -219,9 +219,14 @@ def register_template(template: type[Template]) -> type[Template]:
 
 def template_names() -> list[str]:
     """Names that `make_template` knows."""
+    return list(template_classes())
+
+
+def template_classes() -> dict[str, type[Template]]:
+    """The templates by their names."""
     from . import chat, cogvlm, instructblip, qwen_vl  # noqa: F401  register themselves
 
-    return sorted(_REGISTRY)
+    return {name: _REGISTRY[name] for name in sorted(_REGISTRY)}
 
 
 def make_template(template: "str | Template", processor: Any, **options: Any) -> Template:
