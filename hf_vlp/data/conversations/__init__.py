@@ -5,19 +5,15 @@ from typing import Any
 
 # Public name -> module that defines it.
 _EXPORTS = {
-    "BalancedMixture": "mixtures",
     "ChatTemplate": "chat",
     "ConversationCollator": "collator",
     "ConversationDataset": "datasets",
     "ConversationIterableDataset": "datasets",
     "EncodedConversation": "encoding",
-    "FAMILIES": "families",
     "ImageCountError": "messages",
-    "InstructionDataset": "mixtures",
     "RenderedConversation": "templates",
     "Template": "templates",
     "encode_conversation": "encoding",
-    "instruction_messages": "families",
     "length_grouped_order": "lengths",
     "load_conversations": "loading",
     "make_template": "templates",
