@@ -320,6 +320,8 @@ def blip_config(
     image_size = image_size or _IMAGE_SIZES[_known(size)]
     vision, text = fusion_towers(size, tokenizer, image_size=image_size, patch_size=patch_size, dropout=dropout)
     text["encoder_hidden_size"] = vision["hidden_size"]
+    # The native defaults are those of a larger vocabulary.
+    text |= {"bos_token_id": tokenizer.bos_token_id, "sep_token_id": tokenizer.sep_token_id}
     config = BlipConfig(vision_config=vision, text_config=text, image_text_hidden_size=projection_dim)
     use_tokenizer(config, tokenizer)
     return config

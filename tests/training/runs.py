@@ -124,6 +124,29 @@ def albef_trainer(
     )  # fmt: skip
 
 
+def blip_trainer(
+    folder: str | Path, *, dropout: float = 0.0, model_settings: dict[str, Any] | None = None, **changes: Any
+) -> VLPTrainer:
+    """A tiny BLIP in pretraining, whose queue wraps around within a few batches."""
+    from hf_vlp.models.blip.pretraining_blip import BlipForPreTraining
+    from hf_vlp.models.blip.processing_blip import BlipProcessor, add_blip_tokens
+    from hf_vlp.training.presets import blip_config
+
+    tokenizer = add_blip_tokens(tiny_blip2.bert_tokenizer())
+    config = blip_config("nano", tokenizer, image_size=16, patch_size=8, projection_dim=16, dropout=dropout)
+    for part in (config.vision_config, config.text_config):
+        part.num_hidden_layers, part.hidden_size, part.intermediate_size, part.num_attention_heads = 2, 32, 48, 2
+    config.text_config.encoder_hidden_size = 32
+    torch.manual_seed(3)
+    settings = {"queue_size": 13, "alpha_warmup_steps": 3, "momentum": 0.9} | (model_settings or {})
+    model = BlipForPreTraining(config, **settings)
+    apply_stage(model, "pretrain")
+    return VLPTrainer(
+        model, arguments(folder, **changes), ImageTextCollator(BlipProcessor.for_image_size(tokenizer, 16)),
+        PairDataset(rows(), seed=1), processing_class=BlipProcessor.for_image_size(tokenizer, 16),
+    )  # fmt: skip
+
+
 def stage2_trainer(folder: str | Path, *, lora_r: int = 0, **changes: Any) -> VLPTrainer:
     from hf_vlp.training.lora import LoraArguments, add_lora
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-KINDS = ("clip", "stage1", "stage2", "albef")
+KINDS = ("clip", "stage1", "stage2", "albef", "blip", "llava")
 STEPS = 8
 OPTIONS = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
 # Moments of a checkpoint: after the model's files, after all, before and after the rename, while an old one goes.
@@ -35,6 +35,12 @@ def trainer_of(kind: str, folder: Path) -> Any:
         return runs.stage1_trainer(folder, dropout=0.2, **OPTIONS)
     if kind == "albef":
         return runs.albef_trainer(folder, dropout=0.2, **OPTIONS)
+    if kind == "blip":
+        return runs.blip_trainer(folder, dropout=0.2, **OPTIONS)
+    if kind == "llava":
+        from tests.training.llava_runs import llava_trainer
+
+        return llava_trainer(folder, lora_r=2, pack_to=160, **OPTIONS)
     return runs.stage2_trainer(folder, lora_r=2, gradient_accumulation_steps=2, **OPTIONS)
 
 
