@@ -184,6 +184,30 @@ class _ConfigLoader:
         return loaded
 
 
+class _ProcessorLoader:
+    """Stands for `AutoProcessor` inside `transformers.pipelines`.
+
+    A BLIP folder names the native processor, which neither cleans texts as the model was trained nor encodes answers;
+    ours has the same saved name and reads the same files.
+    """
+
+    def __init__(self, auto_processor: type) -> None:
+        self._auto_processor = auto_processor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._auto_processor, name)
+
+    def from_pretrained(self, name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        processor = self._auto_processor.from_pretrained(name_or_path, *args, **kwargs)
+        if "blip" not in ARCHITECTURES:
+            return processor
+        own = ARCHITECTURES["blip"].load("processor")
+        if isinstance(processor, own.__base__) and not isinstance(processor, own):
+            kwargs.pop("_from_pipeline", None)
+            return own.from_pretrained(name_or_path, *args, **kwargs)
+        return processor
+
+
 def _shipped_name(impl: str) -> str:
     """`package.module.Class` -> `module.Class`, as `config.json` of a saved folder has it."""
     return ".".join(impl.split(".")[-2:])
@@ -216,6 +240,7 @@ def _register_pipelines(module: ModuleType) -> None:
 
     module._resolve_deprecated_task = resolve_task
     module.AutoConfig = _ConfigLoader(module.AutoConfig)
+    module.AutoProcessor = _ProcessorLoader(module.AutoProcessor)
 
 
 _HOOKS: dict[str, Callable[[ModuleType], None]] = {

@@ -34,6 +34,11 @@ class ProtocolZeroShotPipeline(ZeroShotImageClassificationPipeline):
                 f"{getattr(self.model, 'name_or_path', '') or 'what it was given'}: save the processor there"
             )
 
+    def check_model_type(self, supported_models: Any) -> None:
+        """Models of the protocol need not be in the list of transformers, which would log that they are not."""
+        if not self._by_protocol():
+            super().check_model_type(supported_models)
+
     def _by_protocol(self) -> bool:
         model = self.model
         own = hasattr(model, "embed_images") and hasattr(model, "embed_texts") and hasattr(model, "similarity")

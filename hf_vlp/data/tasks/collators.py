@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,8 +173,8 @@ class DialogCollator(_TaskCollator):
     question, `candidate_ids`, `candidate_attention_mask` (C, Lc) of all candidates one after another,
     `candidates_per_dialog` (B,), `labels` (C,) 1 = the right answer, and `record_report`.
 
-    A record has `caption`, `turns` and `turn_index` (the last turn if left out). Of a history that is too long the
-    oldest turns are left out.
+    A record has `caption`, `turns` and `turn_index` (the last turn if left out). Of a history that is too long for
+    `max_length`, or for the tokenizer's limit with the longest candidate behind it, the oldest turns are left out.
 
     Args:
         negatives: wrong candidates that are drawn by the record's seed, for training; None takes all candidates in
@@ -222,17 +223,23 @@ class DialogCollator(_TaskCollator):
             wrong = sorted(wrong, key=lambda position: stable_hash("candidate", seed, position))[: self.negatives]
             # The right answer first: nothing reads the order, and the labels say which it is.
             candidates, right = [candidates[right], *(candidates[position] for position in wrong)], 0
-        return fitted_text(caption, history, question, self._fits), candidates, right
+        limit = self.max_length or self._room_beside(candidates)
+        return fitted_text(caption, history, question, partial(self._fits, limit=limit)), candidates, right
 
-    def _fits(self, text: str) -> bool:
+    def _room_beside(self, candidates: list[str]) -> int | None:
+        """Tokens of caption, history and question when a candidate is read behind them."""
+        limit = tokenizer_limit(self.processor)
+        if limit is None:
+            return None
+        longest = max(len(ids) for ids in self.processor(text=candidates, return_tensors=None)["input_ids"])
+        return limit - min(longest, self.max_candidate_length or longest)
+
+    def _fits(self, text: str, limit: int | None) -> bool:
         """Whether neither the tokenizer nor the processor would cut a text."""
         words = getattr(self.processor, "max_words", None)
         if words is not None and len(text.replace("-", " ").replace("/", " ").split()) > words:
             return False
-        longest = self.max_length or tokenizer_limit(self.processor)
-        if longest is None:
-            return True
-        return len(self.processor(text=[text], return_tensors=None)["input_ids"][0]) <= longest
+        return limit is None or len(self.processor(text=[text], return_tensors=None)["input_ids"][0]) <= limit
 
     def _encode(self, images: list[Image.Image], texts: list[tuple[str, list[str], int]]) -> Mapping[str, Any]:
         batch = self._inputs(images, [text for text, _, _ in texts])
