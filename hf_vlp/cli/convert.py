@@ -36,10 +36,20 @@ FORMATS: dict[str, Format] = {
     "lavis-blip2": Format(
         "hf_vlp.cli.convert:convert_blip2", "BLIP-2 of LAVIS, stage 1 or stage 2 (.pth, .safetensors)"
     ),
+    "llava": Format(
+        "hf_vlp.cli.convert_llava:convert_llava", "LLaVA 1, 1.5 or NeXT of its authors, a folder (.bin, .safetensors)"
+    ),
+    "to-llava": Format("hf_vlp.cli.convert_llava:export_llava", "the other way"),
+    "lavis-instructblip": Format(
+        "hf_vlp.cli.convert:convert_instructblip", "InstructBLIP of LAVIS, Vicuna or T5 (.pth, .safetensors)"
+    ),
+    "qwen-vl": Format("hf_vlp.cli.convert:convert_qwen_vl", "Qwen-VL or Qwen-VL-Chat as published (a folder)"),
     "to-openai-clip": Format(
         "hf_vlp.cli.convert:export_clip", "the other way: a folder of ours to a file under the original names"
     ),
     "to-lavis-blip2": Format("hf_vlp.cli.convert:export_blip2", "the other way, either stage"),
+    "to-lavis-instructblip": Format("hf_vlp.cli.convert:export_instructblip", "the other way"),
+    "to-qwen-vl": Format("hf_vlp.cli.convert:export_qwen_vl", "the other way: one file under the published names"),
 }
 
 _EXAMPLES = """\
@@ -48,6 +58,10 @@ _EXAMPLES = """\
   hf-vlp convert lavis-blip2 blip2_pretrained.pth outputs/stage1 --vision eva_vit_g.pth --tokenizer bert-base-uncased
   hf-vlp convert lavis-blip2 blip2_pretrained_opt2.7b.pth outputs/blip2 --language_model facebook/opt-2.7b \\
       --vision eva_vit_g.pth
+  hf-vlp convert llava llava-v1.5-7b outputs/llava --vision openai/clip-vit-large-patch14-336
+  hf-vlp convert lavis-instructblip instruct_blip_vicuna7b_trimmed.pth outputs/instructblip --vision eva_vit_g.pth \\
+      --language_model lmsys/vicuna-7b-v1.1 --tokenizer bert-base-uncased
+  hf-vlp convert qwen-vl path/to/Qwen-VL-Chat outputs/qwen-vl
   hf-vlp convert to-openai-clip outputs/clip-rn50 clip.safetensors
   hf-vlp convert openai-clip --help     # with the options of that format
 
@@ -93,7 +107,8 @@ _HELP = {
     "hidden_act": "activation: quick_gelu (OpenAI) or gelu (most of OpenCLIP)",
     "vocabulary": "CLIP's vocabulary file bpe_simple_vocab_16e6.txt.gz; without it no processor is written",
     "tokenizer": "folder or Hub id of a tokenizer; without one no processor is written",
-    "vision": "file of the image tower, where the checkpoint lacks it",
+    "vision": "file (LLaVA: folder or Hub id) of the image tower, where the checkpoint lacks it",
+    "base": "folder of the language model that a projector alone belongs to",
     "language_model": "folder or Hub id of the language model, where the checkpoint lacks it",
 }
 
@@ -182,3 +197,72 @@ def export_blip2(source: Path, target: Path) -> None:
     names = AutoConfig.from_pretrained(source).architectures or [""]
     role = "pretraining" if "Retrieval" in names[0] else "captioning"
     save_original(architecture_of(source).load(role).from_pretrained(source), target)
+
+
+def convert_instructblip(
+    source: Path,
+    target: Path,
+    language_model: str = "",
+    tokenizer: str = "",
+    vision: str | None = None,
+    vision_heads: int | None = None,
+) -> None:
+    """An InstructBLIP checkpoint of LAVIS to a folder with card and processor."""
+    from transformers import AutoTokenizer
+
+    from hf_vlp.hub.saving import save_for_hub
+    from hf_vlp.models.blip2.conversion_blip_2 import read_original
+    from hf_vlp.models.blip2.language_blip_2 import load_language_model, prepare_language_model
+    from hf_vlp.models.blip2.processing_blip_2 import default_image_processor
+    from hf_vlp.models.instructblip.conversion_instructblip import model_from_original
+    from hf_vlp.models.instructblip.processing_instructblip import InstructBlipProcessor
+
+    if not language_model or not tokenizer:
+        raise UsageError(
+            "lavis-instructblip needs --language_model (LAVIS leaves the frozen one out of its files) and --tokenizer "
+            "(the Q-Former's, bert-base-uncased)"
+        )
+    state = read_original(source)
+    processor = InstructBlipProcessor.for_language_model(
+        AutoTokenizer.from_pretrained(language_model),
+        AutoTokenizer.from_pretrained(tokenizer),
+        state["query_tokens"].shape[1],
+    )
+    language = load_language_model(language_model, dtype="float32")
+    prepare_language_model(language, processor)
+    model = model_from_original(
+        state,
+        vision=None if vision is None else read_original(vision),
+        language_model=language,
+        image_token_id=processor.image_token_id,
+        vision_heads=vision_heads,
+    )
+    processor.image_processor = default_image_processor(model.config.vision_config.image_size)
+    save_for_hub(model, processor, target)
+
+
+def export_instructblip(source: Path, target: Path) -> None:
+    """A folder of ours to one file under the names of LAVIS."""
+    from hf_vlp.models.instructblip.conversion_instructblip import save_original
+    from hf_vlp.models.instructblip.modeling_instructblip import InstructBlipForConditionalGeneration
+
+    save_original(InstructBlipForConditionalGeneration.from_pretrained(source), target)
+
+
+def convert_qwen_vl(source: Path, target: Path) -> None:
+    """A published folder of Qwen-VL to a folder of ours, with its code, card and processor."""
+    from hf_vlp.hub.card import write_card
+    from hf_vlp.hub.saving import complete_folder
+    from hf_vlp.models.qwen_vl.conversion_qwen_vl import convert_checkpoint
+
+    convert_checkpoint(source, target)
+    complete_folder(target)
+    write_card(target)
+
+
+def export_qwen_vl(source: Path, target: Path) -> None:
+    """A folder of ours to one file under the published names."""
+    from hf_vlp.models.qwen_vl.conversion_qwen_vl import save_original
+    from hf_vlp.models.qwen_vl.modeling_qwen_vl import QwenVLForConditionalGeneration
+
+    save_original(QwenVLForConditionalGeneration.from_pretrained(source), target)

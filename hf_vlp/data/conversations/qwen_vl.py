@@ -23,7 +23,6 @@ class QwenVLTemplate(Template):
     name = "qwen_vl"
     default_system = "You are a helpful assistant."
     image_marks: ClassVar[tuple[str, str]] = ("<img>", "</img>")
-    adds_bos = False
 
     def __init__(self, *, number_pictures: bool = True, **options: Any) -> None:
         super().__init__(**options)

@@ -42,6 +42,7 @@ _BLOCK = (
     ("mlp.c_fc.", "mlp.fc1."),
     ("mlp.c_proj.", "mlp.fc2."),
 )
+_OF_LANGUAGE = ("transformer.wte.", "transformer.h.", "transformer.ln_f.", "transformer.rotary_emb.", "lm_head.")
 _LANGUAGE = (
     ("transformer.wte.", "language_model.model.embed_tokens."),
     ("transformer.ln_f.", "language_model.model.norm."),
@@ -79,12 +80,11 @@ def from_original(state: Mapping[str, Tensor], vision_heads: int) -> dict[str, T
     """
     ours: dict[str, Tensor] = {}
     left = []
-    alone = not any(name.startswith("transformer.h.") or name.startswith(VISUAL) for name in state)
     for name, value in state.items():
-        if name.startswith(VISUAL) or alone:
-            converted = _visual_from_original(name.removeprefix(VISUAL), value, vision_heads)
-        else:
+        if name.startswith(_OF_LANGUAGE):
             converted = _language_from_original(name, value)
+        else:
+            converted = _visual_from_original(name.removeprefix(VISUAL), value, vision_heads)
         if converted is None:
             left.append(name)
         else:

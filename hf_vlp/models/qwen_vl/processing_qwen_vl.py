@@ -27,7 +27,7 @@ _REGION = re.compile(_REF + r"(?:<box>(?P<box>.*?)</box>|<quad>(?P<quad>.*?)</qu
 CHAT_TEMPLATE = (
     "{%- set pictures = namespace(count=0) -%}"
     "{%- if messages[0]['role'] != 'system' -%}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' -}}"
     "{%- endif -%}"
     "{%- for message in messages -%}"
     "{{- '<|im_start|>' + message['role'] + '\n' -}}"
@@ -291,6 +291,12 @@ class QwenVLProcessor(ProcessorMixin):
             ids = row.tolist() if hasattr(row, "tolist") else row
             if ids.count(self.image_start_token_id) != ids.count(self.image_end_token_id):
                 raise ValueError(f"text {number}: max_length cuts through an image; make it larger")
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        # transformers saves what a tokenizer was made with, not what was set later; padded on the right, a batch of
+        # prompts would be continued from its padding.
+        self.tokenizer.init_kwargs["padding_side"] = self.tokenizer.padding_side
+        return super().save_pretrained(*args, **kwargs)
 
     def prepare_images(self, images: Sequence[Image.Image]) -> tuple[BatchFeature, list[int]]:
         """`pixel_values` (images, 3, H, W), and how many image tokens each image stands for."""

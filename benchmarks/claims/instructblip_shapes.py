@@ -1,0 +1,140 @@
+"""Claim: a small InstructBLIP answers questions about scenes it has not seen, its language model staying frozen.
+
+    python benchmarks/claims/instructblip_shapes.py [--arms instruct …] [--seeds 0 1 2] [--output_dir outputs/claims]
+
+InstructBLIP (arXiv 2305.06500): an EVA tower trained by clip.py on captions, the Q-Former by blip2_stage1.py, the
+language model by language_model.py on text alone (scenes told in words, questions, answers), then instruction tuning,
+all on the built-in Shapes. Measured is the share of exact answers (colour, shape, count, relation; several turns) on
+scenes of the test split. Each part is trained once a seed and shared by the arms; a run that was stopped goes on from
+its checkpoint.
+
+Arms: `instruct`, which trains the Q-Former and the projection; `lora`, with adapters in the language model as well;
+`no stage 1`, instruction tuning of a Q-Former that stage 1 has only begun (one step), with as many steps as both.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from _claims import Arm, arguments, changes_of, measured, report, trained
+
+WORLD = {"shapes_preset": "simple"}
+IMAGE = 40
+TEST_CONVERSATIONS = 300
+STAGE1_STEPS, INSTRUCT_STEPS = 800, 2000
+CLIP: dict[str, Any] = {
+    **WORLD, "model_type": "eva_clip", "size": "nano", "image_size": IMAGE, "patch_size": 8, "vocab_size": 400,
+    "shapes_size": 8000, "per_device_train_batch_size": 64, "max_steps": 600, "learning_rate": 1e-3,
+    "weight_decay": 0.1, "warmup_steps": 60,
+}  # fmt: skip
+LANGUAGE: dict[str, Any] = {
+    "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 384,
+    "vocab_size": 600, "per_device_train_batch_size": 32, "max_steps": 1500, "learning_rate": 1e-3,
+    "warmup_steps": 40, "max_length": 160,
+}  # fmt: skip
+STAGE1: dict[str, Any] = {
+    **WORLD, "qformer_size": "nano", "num_query_tokens": 8, "shapes_size": 8000, "per_device_train_batch_size": 64,
+    "max_steps": STAGE1_STEPS, "learning_rate": 1e-3, "warmup_steps": 60,
+}  # fmt: skip
+INSTRUCT: dict[str, Any] = {
+    **WORLD, "shapes_short": "true", "shapes_size": 16000, "per_device_train_batch_size": 32,
+    "max_steps": INSTRUCT_STEPS, "learning_rate": 1e-3, "warmup_steps": 60, "lr_scheduler_type": "cosine",
+    "max_grad_norm": 1.0,
+}  # fmt: skip
+LORA: dict[str, Any] = {
+    "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0.0,
+    "lora_targets": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+}  # fmt: skip
+ARMS: dict[str, dict[str, Any]] = {
+    "instruct": {},
+    "lora": {"instruct": LORA},
+    "no stage 1": {"stage1": {"max_steps": 1}, "instruct": {"max_steps": STAGE1_STEPS + INSTRUCT_STEPS}},
+}
+
+
+def text_file(folder: Path, seed: int, rows: int = 6000) -> Path:
+    """What the language model reads: scenes told in words, then each question and its answer, and questions alone."""
+    path = folder / "text" / f"instructblip_{seed}_{rows}.txt"
+    if not path.is_file():
+        from hf_vlp.data.conversations import load_conversations
+        from hf_vlp.data.conversations.instructblip import as_instruction
+        from hf_vlp.data.conversations.messages import text_of
+
+        lines = []
+        for told in (1.0, 0.0):
+            options = {"size": rows // 2, "short": True, "text_only": told}
+            for row in load_conversations("shapes:simple", "train", seed=1000 + seed, **options):
+                messages = row["messages"]
+                for place, message in enumerate(messages):
+                    if message["role"] == "assistant":
+                        said = f"{as_instruction(messages[:place])} {text_of(message)}"
+                        lines.append(" ".join(said.split()))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def run(
+    script: str, name: str, settings: Mapping[str, Any], seed: int, given: argparse.Namespace, **more: Any
+) -> Path:
+    """Folder of a run, trained unless it is there."""
+    options = {**settings, **more}
+    if given.steps is not None and options["max_steps"] > given.steps:
+        options |= changes_of(given)
+    return trained(Arm(name, (), script, tuple(options.items())), seed, given.output_dir, {})
+
+
+def trained_arm(name: str, seed: int, given: argparse.Namespace) -> Path:
+    """The last run of an arm, with all that it starts from."""
+    arm = ARMS[name]
+    clip = run("clip", "clip", CLIP, seed, given)
+    words = str(text_file(given.output_dir, seed))
+    lm = run("language_model", "language model", LANGUAGE, seed, given, text_file=words)
+    settings = {**STAGE1, **arm.get("stage1", {})}
+    stage1 = run("blip2_stage1", "stage 1", settings, seed, given, vision_model=str(clip / "model"))
+    parts = {"stage1": str(stage1 / "model"), "language_model": str(lm / "model")}
+    return run("instructblip", name, {**INSTRUCT, **arm.get("instruct", {})}, seed, given, **parts)
+
+
+def exact_answers(model: Path) -> dict[str, float]:
+    """Share of right answers on the test split, over all and by kind."""
+    from hf_vlp.evaluation.run import run_evaluation
+
+    options = {"preset": "simple", "short": True, "size": TEST_CONVERSATIONS}
+    result = run_evaluation(
+        "instructions",
+        model,
+        "shapes",
+        data_options=options,
+        batch_size=50,
+        template="instructblip",
+        show_progress=False,
+    )
+    metrics = {name: value for name, value in result["metrics"].items() if isinstance(value, int | float)}
+    return metrics | {f"exact_{kind}": value for kind, value in (result.get("per_kind") or {}).items()}
+
+
+def main() -> None:
+    given = arguments(__doc__, list(ARMS))
+    import torch
+
+    torch.set_num_threads(given.threads)
+    results: dict[str, dict[int, dict[str, float]]] = {}
+    for seed in given.seeds:
+        for name in given.arms:
+            folder = trained_arm(name, seed, given)
+            results.setdefault(name, {})[seed] = measured(folder, "instructions", exact_answers)
+            print(f"{name}, seed {seed}: {results[name][seed]} ({folder})", flush=True)
+    columns = {"exact": "exact", "first turn": "exact_first_turn", "later turns": "exact_later_turns"}
+    report(
+        "Exact answers about unseen scenes: ± over seeds",
+        results,
+        {column: {"": metric} for column, metric in columns.items()},
+        "instruct",
+        given.output_dir / "instructblip_shapes.json",
+    )
+
+
+if __name__ == "__main__":
+    main()
