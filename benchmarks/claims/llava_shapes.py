@@ -111,18 +111,24 @@ def trained_arm(name: str, seed: int, given: argparse.Namespace) -> Path:
     return run("llava_stage2", name, stage2, seed, given, model_name_or_path=str(start))
 
 
-def exact_answers(model: Path) -> dict[str, float]:
+def exact_answers(model: Path, conversations: int) -> dict[str, float]:
     """Share of right answers on the test split, over all and by kind."""
     from hf_vlp.evaluation.run import run_evaluation
 
-    options = {"preset": "simple", "short": True, "size": TEST_CONVERSATIONS}
+    options = {"preset": "simple", "short": True, "size": conversations}
     result = run_evaluation("instructions", model, "shapes", data_options=options, batch_size=50, show_progress=False)
     metrics = {name: value for name, value in result["metrics"].items() if isinstance(value, int | float)}
     return metrics | {f"exact_{kind}": value for kind, value in (result.get("per_kind") or {}).items()}
 
 
 def main() -> None:
-    given = arguments(__doc__, list(ARMS))
+    given = arguments(
+        __doc__,
+        list(ARMS),
+        lambda parser: parser.add_argument(
+            "--conversations", type=int, default=TEST_CONVERSATIONS, help="Of the test."
+        ),
+    )
     import torch
 
     torch.set_num_threads(given.threads)
@@ -130,7 +136,9 @@ def main() -> None:
     for seed in given.seeds:
         for name in given.arms:
             folder = trained_arm(name, seed, given)
-            results.setdefault(name, {})[seed] = measured(folder, "instructions", exact_answers)
+            results.setdefault(name, {})[seed] = measured(
+                folder, f"instructions_{given.conversations}", lambda model: exact_answers(model, given.conversations)
+            )
             print(f"{name}, seed {seed}: {results[name][seed]} ({folder})", flush=True)
     columns = {"exact": "exact", "first turn": "exact_first_turn", "later turns": "exact_later_turns"}
     report(

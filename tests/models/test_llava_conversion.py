@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_vlp.cli.errors import EXIT_USAGE
+from hf_vlp.cli.main import main
 from hf_vlp.models.blip2.backbone_blip_2 import MissingWeightsError
 from hf_vlp.models.llava.conversion_llava import (
     OriginalFormatError,
@@ -56,6 +58,24 @@ def test_stage_1_of_the_original_is_a_projector_alone(tmp_path: Path) -> None:
     batch = tiny.batch(processor)
     with torch.no_grad():
         assert torch.equal(again(**batch).loss, model(**batch).loss)
+
+
+@pytest.mark.parametrize("tiles", [False, True], ids=["llava", "llava_next"])
+def test_the_command_both_ways(tiles: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, processor = tiny.llava(tiles=tiles)
+    model.save_pretrained(tmp_path / "native")
+    model.model.vision_tower.save_pretrained(tmp_path / "tower")
+    tiny.tokenizer().save_pretrained(tmp_path / "words")
+    tower = ["--vision", str(tmp_path / "tower")]
+    assert main(["convert", "to-llava", str(tmp_path / "native"), str(tmp_path / "original"), *tower]) == 0
+    words = ["--tokenizer", str(tmp_path / "words")]
+    assert main(["convert", "llava", str(tmp_path / "original"), str(tmp_path / "back"), *words]) == 0
+    again = type(model).from_pretrained(tmp_path / "back").eval()
+    batch = tiny.batch(type(processor).from_pretrained(tmp_path / "back"))
+    with torch.no_grad():
+        assert torch.equal(again(**batch).loss, model(**tiny.batch(processor)).loss)
+    assert main(["convert", "llava", str(tmp_path / "tower"), str(tmp_path / "other")]) == EXIT_USAGE
+    assert "no folder of the original LLaVA" in capsys.readouterr().err
 
 
 def test_what_the_native_format_cannot_hold(tmp_path: Path) -> None:

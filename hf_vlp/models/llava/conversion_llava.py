@@ -197,10 +197,15 @@ def model_from_original(
     return model.eval()
 
 
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """`config.json` of an original checkpoint folder."""
+    return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+
+
 def read_original(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """`config.json` and weights of an original checkpoint folder; pickles are read with `weights_only=True`."""
     folder = Path(folder)
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = read_settings(folder)
     state: dict[str, Tensor] = {}
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
@@ -327,6 +332,7 @@ __all__ = [
     "load_original",
     "model_from_original",
     "read_original",
+    "read_settings",
     "save_original",
     "to_original",
 ]
