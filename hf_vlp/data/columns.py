@@ -97,8 +97,8 @@ QUESTIONS = Schema(
 STATEMENTS = Schema(
     "visual_reasoning",
     {
-        "image_0": ("image_0", "image0", "img_0", "left_image", "image_left", "left", "jpg_0", "image_1st"),
-        "image_1": ("image_1", "image1", "img_1", "right_image", "image_right", "right", "jpg_1", "image_2nd"),
+        "image_0": ("image_0", "image0", "img_0", "left_image", "image_left", "left", "jpg_0"),
+        "image_1": ("image_1", "image1", "img_1", "right_image", "image_right", "right", "jpg_1"),
         "text": ("text", "sentence", "statement", "caption"),
         "label": ("label", "answer", "truth"),
         "sentence_id": ("sentence_id",),
