@@ -97,6 +97,7 @@ STEPS = (
             "language_model": "{out}/language_model/model",
             # Small batches: what counts here is the number of steps in which the queries take different roles.
             "per_device_train_batch_size": 32,
+            "learning_rate": 1.5e-3,
             **_PAIRS,
         },
     ),

@@ -43,7 +43,7 @@ class DataArguments:
     max_pixels: int = option(50_000_000, "Images with more pixels are left out and counted.")
     max_bad_rate: float = option(0.05, "Share of unusable records above which the run stops.")
     shapes_size: int | None = option(None, "Shapes: number of training scenes.")
-    shapes_preset: str = option("default", "Shapes: 'default' or 'simple' scenes and captions.")
+    shapes_preset: str = option("default", "Shapes: 'default', 'simple' or 'row' scenes and captions.")
     shapes_noise: float = option(
         0.0, "Shapes: share of the training captions that are another scene's or have a word changed."
     )
