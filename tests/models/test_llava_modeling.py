@@ -14,6 +14,7 @@ from hf_vlp.models.blip2.backbone_blip_2 import ImageTokenError, MissingWeightsE
 from hf_vlp.models.blip2.language_blip_2 import LabelError
 from hf_vlp.models.llava import modeling_llava
 from hf_vlp.models.llava.anyres_llava import TileError, check_grids, grids, merge_tiles
+from hf_vlp.models.llava.initialization_llava import new_processor
 from hf_vlp.models.llava.modeling_llava import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 from hf_vlp.models.llava.packing_llava import check_borders
 from hf_vlp.objectives.language import AllLabelsIgnoredError
@@ -192,6 +193,39 @@ def test_language_models_that_the_format_cannot_hold() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="more to its output than one matrix"):
         tiny.llava(lm=AutoModelForCausalLM.from_config(config))
+
+
+TOWERS: dict[str, Any] = {
+    "siglip_vision_model": ("full", 0),
+    "dinov2": ("default", 1),
+    "vit": ("default", 1),
+}
+
+
+@pytest.mark.parametrize("family", TOWERS)
+@pytest.mark.parametrize("tiles", [False, True])
+def test_other_towers(family: str, tiles: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        family, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    if hasattr(config, "intermediate_size"):
+        config.intermediate_size = 64
+    tower, words = transformers.AutoModel.from_config(config), tiny.tokenizer()
+    processor = new_processor(words, tower, tiles=tiles)
+    strategy, extra = TOWERS[family]
+    assert (processor.vision_feature_select_strategy, processor.num_additional_image_tokens) == (strategy, extra)
+    cls = LlavaNextForConditionalGeneration if tiles else LlavaForConditionalGeneration
+    model = cls.from_vision_language_pretrained(tower, tiny.language_model(len(words)), processor)
+    apply_stage(model, "stage2_vision")
+    batch = tiny.batch(processor)
+    model.train()(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    model.eval().save_pretrained(tmp_path)
+    native = NATIVE[tiles].from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(native(**inputs_of(batch)).logits, model(**inputs_of(batch)).logits)
 
 
 # Packed rows

@@ -143,6 +143,8 @@ class LlavaMixin:
                 ]
         else:
             unused += [name for name, _ in tower.named_children() if name in ("head", "pooler")]
+        # What masked pretraining puts in the place of hidden patches (DINOv2, BEiT).
+        unused += [name for name, _ in tower.named_parameters() if name.rpartition(".")[2] == "mask_token"]
         return [f"model.vision_tower.{name}" for name in dict.fromkeys(unused)]
 
     def train(self, mode: bool = True) -> Any:
