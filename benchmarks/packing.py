@@ -6,7 +6,7 @@ All three read the same conversations with the same weights. The padded and the 
 their losses and gradients are compared; grouped batches are others, so only their speed is. Lengths follow the
 composition of LLaVA 1.5's instruction mixture (158k made by a language model, 40k without pictures from ShareGPT, the
 rest from question answering, captioning and referring expressions), drawn at random in that proportion; with
-`--scale 0.25` everything, image tokens and the limit of 2048 included, is a quarter as long.
+`--scale 0.125` everything, image tokens and the limit of 2048 included, is an eighth as long.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_vlp.data.conversations import ConversationCollator, ConversationDataset, to_messages
+from hf_vlp.data.conversations import ConversationCollator, ConversationDataset, pack_lengths, to_messages
 from hf_vlp.models.llava.initialization_llava import new_processor
 from hf_vlp.models.llava.modeling_llava import LlavaForConditionalGeneration
 from hf_vlp.training.batching import GlobalBatchSampler
@@ -43,6 +43,23 @@ MIXTURE = (
 )
 LIMIT, IMAGE_TOKENS = 2048, 576
 WORDS = 2_000
+
+
+def saved_positions(image_tokens: int, batch: int, rows: float, batches: int = 200) -> float:
+    """Positions of padded batches of full length over those of packed ones, with rows of `rows` limits."""
+    draws = np.random.default_rng(0)
+    shares = np.array([kind[0] for kind in MIXTURE], dtype=float)
+    padded = packed = 0
+    for _ in range(batches):
+        lengths = []
+        for kind in draws.choice(len(MIXTURE), size=batch, p=shares / shares.sum()):
+            _, images, mean, spread, turns = MIXTURE[kind]
+            text = max(4 * turns, int(mean * np.exp(spread * draws.standard_normal() - spread**2 / 2)))
+            lengths.append(min(LIMIT, images * image_tokens + text))
+        held = [sum(lengths[number] for number in row) for row in pack_lengths(lengths, int(rows * LIMIT))]
+        padded += batch * max(lengths)
+        packed += len(held) * max(held)
+    return padded / packed
 
 
 def conversations(count: int, scale: float, seed: int) -> list[dict[str, Any]]:
@@ -78,7 +95,7 @@ def llava(grid: int, width: int, layers: int) -> tuple[LlavaForConditionalGenera
     tower = CLIPVisionModel(CLIPVisionConfig(**vision, image_size=4 * grid, patch_size=4))
     text = {"hidden_size": width, "intermediate_size": 11 * width // 4, "num_hidden_layers": layers}
     lm = LlamaForCausalLM(LlamaConfig(**text, num_attention_heads=4, num_key_value_heads=4, vocab_size=len(words)))
-    processor = new_processor(tokenizer, tower)
+    processor = new_processor(tokenizer, tower, tiles=False)
     model = LlavaForConditionalGeneration.from_vision_language_pretrained(tower, lm, processor)
     model.train()
     for name, parameter in model.named_parameters():
@@ -107,14 +124,25 @@ def timed(model: nn.Module, batches: Sequence[dict[str, Tensor]], repeats: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=16, help="conversations a step")
-    parser.add_argument("--steps", type=int, default=4, help="batches that are timed")
+    parser.add_argument("--batch", type=int, default=32, help="conversations a step")
+    parser.add_argument("--steps", type=int, default=2, help="batches that are timed")
     parser.add_argument("--repeats", type=int, default=2, help="rounds; the best one counts")
-    parser.add_argument("--scale", type=float, default=0.25, help="length of everything, 1 being LLaVA's own")
-    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--scale", type=float, default=0.125, help="length of everything, 1 being LLaVA's own")
+    parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--rows", type=float, default=2.0, help="tokens of a packed row, in limits")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", action="store_true", help="count positions at full length instead of training")
     args = parser.parse_args()
+    if args.count:
+        sizes = (16, 32, 64)
+        lines = [
+            [f"{tokens} image tokens", *(f"{saved_positions(tokens, size, args.rows):.2f}" for size in sizes)]
+            for tokens in (IMAGE_TOKENS, 256)
+        ]
+        title = f"Positions of padded over packed batches, limit {LIMIT}, rows of {int(args.rows * LIMIT)}"
+        print(table(title, ["conversations", *map(str, sizes)], lines))
+        return
 
     limit, grid = int(LIMIT * args.scale), round((IMAGE_TOKENS * args.scale) ** 0.5)
     model, processor = llava(grid, args.width, args.layers)
@@ -122,7 +150,7 @@ def main() -> None:
     plain = ConversationDataset(rows, seed=args.seed)
     grouped = ConversationDataset(rows, seed=args.seed, group_by_length=True, image_tokens=grid**2)
     padded = ConversationCollator(processor, max_length=limit)
-    packed = ConversationCollator(processor, max_length=limit, pack_to=limit)
+    packed = ConversationCollator(processor, max_length=limit, pack_to=int(args.rows * limit))
     orders = {name: list(GlobalBatchSampler(len(rows), args.batch, dataset=data)) for name, data in
               (("plain", plain), ("grouped", grouped))}  # fmt: skip
 

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("hf_vlp.cli.convert", "turn an original checkpoint into a folder for transformers"),
     "new": ("hf_vlp.cli.new", "put a vision tower and a language model together with a new connector"),
     "merge": ("hf_vlp.cli.merge", "put LoRA adapters into the model that they were trained on"),
+    "conversations": ("hf_vlp.cli.conversations", "show conversations as a template writes them, and what is learned"),
     "card": ("hf_vlp.cli.card", "write the model card of a folder and complete it for the Hub"),
     "push": ("hf_vlp.cli.push", "upload a folder to the Hub"),
     "list": ("hf_vlp.cli.catalogue", "show the architectures, scripts and formats"),

@@ -2,10 +2,14 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from heapq import heappop, heappush
 
 
 def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of at most `capacity` tokens that hold sequences of the given lengths: best fit, longest first.
+    """Rows of at most `capacity` tokens that hold sequences of the given lengths.
+
+    Best fit, longest first, finds how many rows there are to be; the sequences are then dealt out again so that the
+    longest of these rows, to whose length the others are padded, is short.
 
     Args:
         lengths: tokens of each sequence.
@@ -34,4 +38,22 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         rows[row].append(number)
         if room > length:
             insort(open_rows, (room - length, row))
+    even = _dealt(lengths, len(rows))
+    if _longest(lengths, even) < _longest(lengths, rows):
+        rows = even
     return sorted(sorted(row) for row in rows)
+
+
+def _dealt(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """`count` rows of about the same length: the next longest sequence goes to the row that has least."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, row) for row in range(count)]
+    for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
+        load, row = heappop(loads)
+        rows[row].append(number)
+        heappush(loads, (load + lengths[number], row))
+    return rows
+
+
+def _longest(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> int:
+    return max((sum(lengths[number] for number in row) for row in rows), default=0)
