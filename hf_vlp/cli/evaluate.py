@@ -22,6 +22,7 @@ TASKS = (
     "dialog",
     "grounding",
     "shapes-captions",
+    "instructions",
 )
 
 _EXAMPLES = """\

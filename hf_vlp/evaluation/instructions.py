@@ -1,9 +1,11 @@
 """Conversations: the model answers every turn, and each answer is right or not."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from hf_vlp.data import BadRecord, decode_image
 from hf_vlp.data.conversations import make_template, prompt_batch
@@ -13,7 +15,7 @@ from hf_vlp.data.conversations.templates import Template
 from hf_vlp.data.shapes.instructions import score_answer
 from hf_vlp.evaluation.generation import common_result, new_tokens
 from hf_vlp.evaluation.images import Failure, Skipped, rows_of
-from hf_vlp.evaluation.runtime import chunks, evaluating, gather_lists, progress, shard, to_device
+from hf_vlp.evaluation.runtime import evaluating, gather_lists, progress, shard, to_device
 
 Row = Mapping[str, Any]
 Score = Callable[[Row, int, str, str], bool]
@@ -33,6 +35,7 @@ def evaluate_instructions(
     score: Score | None = None,
     max_bad_rate: float = 0.0,
     limit: int | None = None,
+    workers: int = 0,
     details: bool = False,
     show_progress: bool = True,
 ) -> dict[str, Any]:
@@ -52,6 +55,7 @@ def evaluate_instructions(
         score: `(row, turn, prediction, reference) -> right or not`, in place of the above.
         max_bad_rate: share of conversations whose images may be unreadable; they are left out and counted.
         limit: use only so many rows.
+        workers: processes that decode images.
         details: add every answer.
         show_progress: a progress bar on the main process.
 
@@ -80,16 +84,10 @@ def evaluate_instructions(
     own = shard(len(rows))
     parameter = next(model.parameters())
     with evaluating(model):
-        batches = list(chunks(own, batch_size))
+        batches = DataLoader(_Decoded(rows, own), batch_size=batch_size, num_workers=workers, collate_fn=list)
         for batch in progress(batches, "answering", total=len(batches), show=show_progress):
-            held = {}
-            for number in batch:
-                row = rows[number]
-                try:
-                    held[number] = row, [decode_image(image) for image in row["images"] or ()]
-                except BadRecord as error:
-                    where = f"{row.get('source', 'rows')} [{row.get('key', number)}]"
-                    failures.append(Failure(number, error.reason, error.detail, where))
+            failures += [one for one in batch if isinstance(one, Failure)]
+            held = {one[0]: one[1:] for one in batch if not isinstance(one, Failure)}
             said: dict[int, dict[int, str]] = {number: {} for number in held}
             turn = 0
             while open_rows := [number for number in held if turn < _turns(held[number][0])]:
@@ -113,6 +111,25 @@ def evaluate_instructions(
         for number, turn, text in answers
     ]
     return _result(rows, judged, skipped, details)
+
+
+class _Decoded(Dataset):
+    """(number, row, pictures) of rows, or why a row's pictures cannot be used."""
+
+    def __init__(self, rows: Any, numbers: Sequence[int]) -> None:
+        self.rows, self.numbers = rows, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> tuple[int, Row, list[Image.Image]] | Failure:
+        number = self.numbers[index]
+        row = self.rows[number]
+        try:
+            return number, row, [decode_image(image) for image in row["images"] or ()]
+        except BadRecord as error:
+            where = f"{row.get('source', 'rows')} [{row.get('key', number)}]"
+            return Failure(number, error.reason, error.detail, where)
 
 
 def exact_answer(row: Row, turn: int, prediction: str, reference: str) -> bool:

@@ -20,6 +20,7 @@ HUB_TASKS = {
     "visual-entailment": ("visual-entailment", "Visual entailment"),
     "dialog": ("visual-dialog", "Visual dialog"),
     "grounding": ("visual-grounding", "Visual grounding"),
+    "instructions": ("image-text-to-text", "Instruction following"),
 }
 
 _DIRECTIONS = {"i2t": "image→text", "t2i": "text→image", None: "both"}
