@@ -4,9 +4,9 @@
     python benchmarks/qwen_vl_generation.py --device cuda --hidden 2048 --layers 24 --batch 8
     python benchmarks/qwen_vl_generation.py --small --repeats 1    # a tiny model, in a second
 
-The other side does what the published remote code does: one packed query-key-value matrix a layer, keys and values in
-tuples that are concatenated at every step, a plain matrix product with a softmax for attention, images encoded in the
-first step. The ids of both sides are compared before anything is timed.
+The other side computes what the published remote code does, in the same `generate`: one packed query-key-value matrix
+a layer, a plain matrix product with a mask and a softmax for attention, the logits of every position of the prompt.
+The ids of both sides are compared before anything is timed.
 """
 
 import argparse
@@ -17,9 +17,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Qwen2Config
+from transformers import Cache, PreTrainedModel, Qwen2Config
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_vlp.models.qwen_vl.configuration_qwen_vl import QwenVLConfig, QwenVLVisionConfig
 from hf_vlp.models.qwen_vl.modeling_qwen_vl import QwenVLForConditionalGeneration
@@ -46,60 +47,56 @@ def make_model(args: argparse.Namespace) -> QwenVLForConditionalGeneration:
     return QwenVLForConditionalGeneration(config).to(args.device).eval()
 
 
-class RemoteStyle:
-    """Greedy generation as the remote code does it, with the weights of `model`."""
+class RemoteStyle(nn.Module):
+    """A Qwen language model as the remote code computes it, with the weights of `language_model`."""
 
-    def __init__(self, model: QwenVLForConditionalGeneration) -> None:
-        self.model, language = model, model.language_model
-        self.layers = language.model.layers
-        self.heads = language.config.num_attention_heads
+    def __init__(self, language_model: PreTrainedModel) -> None:
+        super().__init__()
+        self.config, self.wrapped = language_model.config, [language_model]
+        self.heads = self.config.num_attention_heads
+        self.base = self.config.rope_parameters["rope_theta"]
         self.packed = [
             (
                 torch.cat([getattr(layer.self_attn, f"{part}_proj").weight for part in "qkv"]),
                 torch.cat([getattr(layer.self_attn, f"{part}_proj").bias for part in "qkv"]),
             )
-            for layer in self.layers
+            for layer in language_model.model.layers
         ]
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.wrapped[0].get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.wrapped[0].get_output_embeddings()
+
     def rotate(self, states: Tensor, start: int) -> Tensor:
-        """Rotary positions from `start` on for (B, L, heads, size)."""
-        length, size = states.shape[1], states.shape[-1]
-        frequencies = 10000.0 ** -(torch.arange(0, size, 2, device=states.device).float() / size)
+        """Rotary positions from `start` on for (B, heads, L, size)."""
+        length, size = states.shape[2:]
+        frequencies = self.base ** -(torch.arange(0, size, 2, device=states.device).float() / size)
         angles = torch.arange(start, start + length, device=states.device).float()[:, None] * frequencies
-        angles = torch.cat([angles, angles], dim=-1)[None, :, None]
+        angles = torch.cat([angles, angles], dim=-1)
         first, second = states.chunk(2, dim=-1)
         return states * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
 
-    def step(self, states: Tensor, past: list[tuple[Tensor, Tensor]] | None) -> tuple[Tensor, list[Any]]:
+    def forward(self, inputs_embeds: Tensor, past_key_values: Cache, **_: Any) -> CausalLMOutputWithPast:
+        language_model, states = self.wrapped[0], inputs_embeds
         batch, length, width = states.shape
-        new, start = [], 0 if past is None else past[0][0].shape[1]
-        for index, (layer, (weight, bias)) in enumerate(zip(self.layers, self.packed, strict=True)):
-            mixed = F.linear(layer.input_layernorm(states), weight, bias)
-            query, key, value = (part.view(batch, length, self.heads, -1) for part in mixed.split(width, dim=2))
+        start = past_key_values.get_seq_length()
+        for index, (layer, packed) in enumerate(zip(language_model.model.layers, self.packed, strict=True)):
+            mixed = F.linear(layer.input_layernorm(states), *packed).view(batch, length, 3, self.heads, -1)
+            query, key, value = mixed.permute(2, 0, 3, 1, 4)
             query, key = self.rotate(query, start), self.rotate(key, start)
-            if past is not None:
-                key, value = torch.cat([past[index][0], key], dim=1), torch.cat([past[index][1], value], dim=1)
-            new.append((key, value))
-            scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) / query.shape[-1] ** 0.5
-            total = key.shape[1]
+            key, value = past_key_values.update(key, value, index)
+            scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
+            total = key.shape[2]
             causal = torch.ones(total, total, dtype=torch.bool, device=states.device).tril()[total - length :]
             scores = scores.masked_fill(~causal, torch.finfo(scores.dtype).min).softmax(dim=-1)
-            seen = (scores @ value.transpose(1, 2)).transpose(1, 2).reshape(batch, length, width)
+            seen = (scores @ value).transpose(1, 2).reshape(batch, length, width)
             states = states + layer.self_attn.o_proj(seen)
             states = states + layer.mlp(layer.post_attention_layernorm(states))
-        return self.model.language_model.model.norm(states), new
-
-    def generate(self, input_ids: Tensor, pixel_values: Tensor, new_tokens: int) -> Tensor:
-        head = self.model.get_output_embeddings()
-        states, _ = self.model.embed(input_ids, pixel_values)
-        past, ids = None, input_ids
-        for _ in range(new_tokens):
-            hidden, past = self.step(states, past)
-            # All logits of the call, as the remote code makes them.
-            following = head(hidden)[:, -1].argmax(dim=-1, keepdim=True)
-            ids = torch.cat([ids, following], dim=1)
-            states = self.model.get_input_embeddings()(following)
-        return ids
+        # All logits of the call, as the remote code makes them.
+        logits = language_model.get_output_embeddings()(language_model.model.norm(states))
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
 
 def timed(function: Callable[[], Any], repeats: int, device: str) -> float:
@@ -136,22 +133,25 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     torch.manual_seed(0)
     model = make_model(args)
-    model.generation_config.pad_token_id = PAD
-    theirs = RemoteStyle(model)
+    model.generation_config.pad_token_id = 0
+    theirs = make_model(args)
+    theirs.load_state_dict(model.state_dict())
+    theirs.language_model = RemoteStyle(theirs.language_model)
+    theirs.generation_config.pad_token_id = 0
     places = torch.tensor([START, *[PAD] * args.queries, END], device=args.device).repeat(args.batch, 1)
     words = torch.randint(20, args.vocabulary, (args.batch, 24), device=args.device)
     input_ids = torch.cat([places, words], dim=1)
     pixels = torch.randn(args.batch, 3, args.image_size, args.image_size, device=args.device)
     options = {"max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens, "do_sample": False}
 
-    def ours() -> Tensor:
-        return model.generate(input_ids, pixel_values=pixels, eos_token_id=None, **options)
+    def run(side: Any) -> Callable[[], Tensor]:
+        return lambda: side.generate(input_ids, pixel_values=pixels, eos_token_id=None, **options)
 
-    def other() -> Tensor:
-        return theirs.generate(input_ids, pixels, args.new_tokens)
-
-    same = bool(torch.equal(ours(), other()))
-    seconds = {"ours": timed(ours, args.repeats, args.device), "remote style": timed(other, args.repeats, args.device)}
+    same = bool(torch.equal(run(model)(), run(theirs)()))
+    seconds = {
+        "ours": timed(run(model), args.repeats, args.device),
+        "remote style": timed(run(theirs), args.repeats, args.device),
+    }
     result = {
         "setting": {k: v for k, v in vars(args).items() if k not in ("repeats", "small")},
         "same_ids": same,
