@@ -85,6 +85,26 @@ def test_stages_go_on_from_their_own_folders(chain, tmp_path):
     script("blip2_stage2").main([*COMMON, *other, "--output_dir", str(tmp_path / "stage2")])
 
 
+@pytest.mark.parametrize(
+    ("name", "start", "score"),
+    [
+        ("finetune_retrieval", "clip", "eval_t2i_r1_itc"),
+        ("finetune_retrieval", "blip2_stage1", "eval_t2i_r1_itm"),
+        ("finetune_captioning", "blip2_stage2", "eval_cider"),
+    ],
+)
+def test_tasks_of_other_architectures(chain, tmp_path, name, start, score):
+    folder, _ = chain
+    options = ["--model_name_or_path", str(folder / start / "model"), "--output_dir", str(tmp_path)]
+    options += ["--rerank", "3"] if name == "finetune_retrieval" else ["--num_beams", "1", "--max_new_tokens", "4"]
+    assert score in script(name).main([*COMMON, *options])
+    assert (tmp_path / "model" / "README.md").is_file()
+    # None of them has a momentum twin or a queue.
+    if name == "finetune_retrieval":
+        with pytest.raises(ValueError, match="no setting 'alpha'"):
+            script(name).main([*COMMON, *options, "--alpha", "0.4"])
+
+
 def test_the_card_tells_the_recipe(chain):
     folder, _ = chain
     card = (folder / "blip2_stage1" / "model" / "README.md").read_text()
