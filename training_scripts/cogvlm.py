@@ -5,8 +5,10 @@ r"""CogVLM (arXiv 2311.03079, section 2.3): visual experts in a language model t
 --stage sft      conversations; the image encoder learns too, at a tenth of the rate
 
 On the built-in Shapes, on two CPU cores (a small language model and a small image encoder, see docs/cogvlm.md):
+    python training_scripts/language_model.py --config training_scripts/language_model_cpu.yaml \
+        --model_type llama --output_dir outputs/lm
     python training_scripts/cogvlm.py --config training_scripts/cogvlm_cpu.yaml --stage stage1 \
-        --language_model outputs/lm --output_dir outputs/cogvlm1
+        --language_model outputs/lm/model --output_dir outputs/cogvlm1
     python training_scripts/cogvlm.py --config training_scripts/cogvlm_cpu.yaml --stage sft \
         --model_name_or_path outputs/cogvlm1/model --train_data shapes --output_dir outputs/cogvlm
 The paper's setting:
@@ -24,15 +26,16 @@ from typing import Any, ClassVar
 from transformers import AutoTokenizer, set_seed
 
 from hf_vlp.data import load_task
-from hf_vlp.data.conversations import ConversationCollator, ConversationDataset, load_conversations
+from hf_vlp.data.conversations import ConversationCollator
 from hf_vlp.models.cogvlm.configuration_cogvlm import CogVLMVisionConfig
 from hf_vlp.models.cogvlm.modeling_cogvlm import CogVLMForConditionalGeneration
 from hf_vlp.models.cogvlm.processing_cogvlm import GROUNDING_PROMPTS, CogVLMProcessor, format_boxes
 from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, apply_stage, parse_arguments
 from hf_vlp.training.arguments import option, run_settings
-from hf_vlp.training.data import main_process_first, parse_columns
-from hf_vlp.training.evaluators import CaptioningEvaluator
+from hf_vlp.training.data import main_process_first
+from hf_vlp.training.evaluators import CaptioningEvaluator, TaskEvaluator
 from hf_vlp.training.grounding import CaptionConversations, GroundingConversations, MixedDataset
+from hf_vlp.training.instructions import ConversationArguments, conversation_dataset, conversation_rows
 from hf_vlp.training.launch import say
 from hf_vlp.training.lora import LoraArguments, add_lora
 
@@ -65,18 +68,21 @@ class RecipeArguments:
 
     grounding_data: str = option("shapes", "stage2: referring expressions with boxes, as of load_task('grounding').")
     describe_share: float = option(0.5, "stage2: share of the expressions that are asked for, given the box.")
-    template: str = option(
-        "cogvlm_chat", "Format of conversations.", choices=["cogvlm_chat", "cogvlm_vqa", "vicuna_v1", "chat"]
-    )
-    pack_to: int | None = option(None, "Conversations are packed to rows of so many tokens; left out: no packing.")
     lora_part: str = option(
         "visual_experts", "Where adapters go.", choices=["visual_experts", "language_model"]
     )  # fmt: skip
 
 
+@dataclass
+class FormatArguments(ConversationArguments):
+    """How conversations are written and batched."""
+
+    template: str = option("cogvlm_chat", "Format of conversations: cogvlm_chat, cogvlm_vqa, or another template.")
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    data, model_args, recipe, lora, args = parse_arguments(
-        (DataArguments, ModelArguments, RecipeArguments, LoraArguments, VLPTrainingArguments),
+    data, model_args, recipe, conversations, lora, args = parse_arguments(
+        (DataArguments, ModelArguments, RecipeArguments, FormatArguments, LoraArguments, VLPTrainingArguments),
         argv,
         description=__doc__,
     )
@@ -85,6 +91,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         raise SystemExit("cogvlm.py: --language_model is missing (or --model_name_or_path to go on)")
     if stage not in CogVLMForConditionalGeneration.stages:
         raise SystemExit(f"cogvlm.py: --stage may be one of {sorted(CogVLMForConditionalGeneration.stages)}")
+    if data.streaming and stage != "sft":
+        raise SystemExit("cogvlm.py: --streaming is for --stage sft; captions and boxes are read by an index")
     set_seed(args.seed)
 
     # 1. Processor and model
@@ -99,10 +107,20 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # 2. Data
     with main_process_first(args):
-        train, evaluation, eval_rows = datasets_of(stage, data, recipe, model, args.seed)
+        train, evaluation, eval_rows = datasets_of(stage, data, recipe, conversations, model, args.seed)
     collator = ConversationCollator(
-        processor, template=recipe.template, max_length=data.max_length, pack_to=recipe.pack_to, limits=data.limits
+        processor,
+        template=conversations.template,
+        max_length=data.max_length,
+        pack_to=conversations.pack_to,
+        limits=data.limits,
     )
+    evaluator: Any = None
+    if eval_rows is not None and stage == "sft":
+        options = {"template": conversations.template}
+        evaluator = TaskEvaluator("instructions", processor, eval_rows, args.per_device_eval_batch_size, options)
+    elif eval_rows is not None:
+        evaluator = CaptioningEvaluator(processor, eval_rows, args.per_device_eval_batch_size)
 
     # 3. Trainer
     trainer = VLPTrainer(
@@ -112,13 +130,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train,
         evaluation,
         processing_class=processor,
-        evaluator=CaptioningEvaluator(processor, eval_rows, args.per_device_eval_batch_size)
-        if eval_rows is not None
-        else None,
+        evaluator=evaluator,
         settings={
             "data": run_settings(data),
             "model_arguments": run_settings(model_args),
             "recipe": run_settings(recipe),
+            "conversations": run_settings(conversations),
             "lora": run_settings(lora),
         },
     )
@@ -168,18 +185,20 @@ def load_parts(arguments: ModelArguments) -> tuple[CogVLMForConditionalGeneratio
 
 
 def datasets_of(
-    stage: str, data: DataArguments, recipe: RecipeArguments, model: CogVLMForConditionalGeneration, seed: int
+    stage: str,
+    data: DataArguments,
+    recipe: RecipeArguments,
+    conversations: ConversationArguments,
+    model: CogVLMForConditionalGeneration,
+    seed: int,
 ) -> tuple[Any, Any, Any]:
-    """Training and evaluation records of a stage, and rows to caption."""
+    """Training and evaluation records of a stage, and the rows that the evaluator reads."""
     transform = data.transform(model.config.vision_config.image_size)
     if stage == "sft":
-        options: dict[str, Any] = {"columns": parse_columns(data.columns), "image_root": data.image_root}
-        rows = _first(load_conversations(data.train_data, data.train_split, **options), data.max_train_samples)
-        train = ConversationDataset(rows, seed=seed, transform=transform)
-        if data.eval_split.lower() == "none":
-            return train, None, None
-        rows = load_conversations(data.eval_data or data.train_data, data.eval_split, **options)
-        return train, ConversationDataset(_first(rows, data.max_eval_samples), seed=seed), None
+        rows = conversation_rows(data, conversations, train=True)
+        eval_rows = conversation_rows(data, conversations, train=False)
+        train = conversation_dataset(rows, seed=seed, transform=transform)
+        return train, None if eval_rows is None else conversation_dataset(eval_rows, seed=seed), eval_rows
     rows, eval_rows = data.train_rows(), data.eval_rows()
     captions = CaptionConversations(rows, seed=seed, transform=transform)
     evaluation = None if eval_rows is None else CaptionConversations(eval_rows, seed=seed)

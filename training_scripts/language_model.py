@@ -9,9 +9,18 @@ loss starts at ln of the vocabulary and ends near the entropy of the captions.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    set_seed,
+)
 
 from hf_vlp.data.tokenizers import train_opt_tokenizer
 from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, parse_arguments
@@ -30,6 +39,7 @@ class ModelArguments:
     text_file: str | None = option(
         None, "Plain text to train on in place of the pairs' texts: one text a line, a tab where it begins anew."
     )
+    model_type: str = option("opt", "Kind of model, from scratch; CogVLM needs a llama.", choices=["opt", "llama"])
     hidden_size: int = option(128, "Width, from scratch.")
     num_hidden_layers: int = option(4, "Layers, from scratch.")
     num_attention_heads: int = option(4, "Heads, from scratch.")
@@ -56,33 +66,25 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # 2. Tokenizer and model
     if model_args.model_name_or_path:
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-        model = OPTForCausalLM.from_pretrained(model_args.model_name_or_path, dtype="float32")
+        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype="float32")
     else:
         tokenizer = train_opt_tokenizer(
             (piece for text in texts_of_rows(rows) for piece in text.split(BREAK)),
             model_args.vocab_size,
             max_length=model_args.max_position_embeddings,
         )
-        config = OPTConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=model_args.hidden_size,
-            word_embed_proj_dim=model_args.hidden_size,
-            ffn_dim=4 * model_args.hidden_size,
-            num_hidden_layers=model_args.num_hidden_layers,
-            num_attention_heads=model_args.num_attention_heads,
-            max_position_embeddings=model_args.max_position_embeddings,
-            dropout=model_args.dropout,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        model = OPTForCausalLM(config)
+        model = new_model(model_args, tokenizer)
+
+    collator = TextCollator(tokenizer, max_length=data.max_length)
+    if model.config.model_type == "llama":
+        # CogVLM's answers end with the end token, and its language model never learns again.
+        collator.stop = tokenizer.eos_token_id
 
     # 3. Trainer
     trainer = VLPTrainer(
         model,
         args,
-        TextCollator(tokenizer, max_length=data.max_length),
+        collator,
         TextDataset(rows, seed=args.seed),
         TextDataset(eval_rows, seed=args.seed) if eval_rows is not None else None,
         processing_class=tokenizer,
@@ -92,6 +94,24 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # 4. Train, evaluate, save
     trainer.train()
     return trainer.finish()
+
+
+def new_model(arguments: ModelArguments, tokenizer: Any) -> PreTrainedModel:
+    """A language model with random weights for a tokenizer."""
+    shared = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": arguments.hidden_size,
+        "num_hidden_layers": arguments.num_hidden_layers,
+        "num_attention_heads": arguments.num_attention_heads,
+        "max_position_embeddings": arguments.max_position_embeddings,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+    }
+    if arguments.model_type == "llama":
+        inner = 8 * arguments.hidden_size // 3
+        return LlamaForCausalLM(LlamaConfig(intermediate_size=inner, attention_dropout=arguments.dropout, **shared))
+    width = arguments.hidden_size
+    config = OPTConfig(word_embed_proj_dim=width, ffn_dim=4 * width, dropout=arguments.dropout, **shared)
+    return OPTForCausalLM(config)
 
 
 if __name__ == "__main__":
