@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText
 
 from hf_vlp.cli.errors import EXIT_FAILED, EXIT_USAGE
 from hf_vlp.cli.main import main
-from hf_vlp.models.catalog import ARCHITECTURES
+from hf_vlp.models.catalog import ARCHITECTURES, load_class
 from hf_vlp.models.clip.image_processing_clip import CLIPImageProcessorPil
 from tests.tiny import llava as tiny
 
@@ -55,6 +55,13 @@ def test_a_seed_gives_the_same_folder(parts: tuple[str, str], tmp_path: Path) ->
     one, same, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("one", "same", "other"))
     assert one == same
     assert one != other
+
+
+def test_a_qformer(parts: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert new(parts, "qformer", tmp_path / "out", "--qformer", "nano", "--num_query_tokens", "4") == 0
+    assert "blip2_stage2 --model_name_or_path" in capsys.readouterr().out
+    model = load_class(tmp_path / "out", "captioning").from_pretrained(tmp_path / "out")
+    assert model.query_tokens.shape[1] == 4
 
 
 @pytest.mark.skipif("qwen_vl" not in ARCHITECTURES, reason="no Qwen-VL in this version")
