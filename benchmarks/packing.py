@@ -41,7 +41,7 @@ MIXTURE = (
     (48, 1, 420, 0.5, 8),
     (86, 1, 450, 0.5, 8),
 )
-LIMIT, IMAGE_TOKENS = 2048, 576
+LIMIT = 2048
 WORDS = 2_000
 
 
@@ -70,6 +70,7 @@ def conversations(count: int, scale: float, seed: int) -> list[dict[str, Any]]:
     rows = []
     for number in range(count):
         _, images, mean, spread, turns = MIXTURE[draws.choice(len(MIXTURE), p=shares / shares.sum())]
+        turns = max(1, round(turns * min(1.0, 2 * scale)))
         length = max(4 * turns, int(mean * scale * np.exp(spread * draws.standard_normal() - spread**2 / 2)))
         said = []
         for turn in range(turns):
@@ -125,11 +126,12 @@ def timed(model: nn.Module, batches: Sequence[dict[str, Tensor]], repeats: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=32, help="conversations a step")
-    parser.add_argument("--steps", type=int, default=2, help="batches that are timed")
+    parser.add_argument("--steps", type=int, default=4, help="batches that are timed")
     parser.add_argument("--repeats", type=int, default=2, help="rounds; the best one counts")
     parser.add_argument("--scale", type=float, default=0.125, help="length of everything, 1 being LLaVA's own")
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--image_tokens", type=int, default=256, help="256 as LLaVA 1, 576 as LLaVA 1.5")
     parser.add_argument("--rows", type=float, default=2.0, help="tokens of a packed row, in limits")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", action="store_true", help="count positions at full length instead of training")
@@ -138,19 +140,21 @@ def main() -> None:
         sizes = (16, 32, 64)
         lines = [
             [f"{tokens} image tokens", *(f"{saved_positions(tokens, size, args.rows):.2f}" for size in sizes)]
-            for tokens in (IMAGE_TOKENS, 256)
+            for tokens in (576, 256)
         ]
         title = f"Positions of padded over packed batches, limit {LIMIT}, rows of {int(args.rows * LIMIT)}"
         print(table(title, ["conversations", *map(str, sizes)], lines))
         return
 
-    limit, grid = int(LIMIT * args.scale), round((IMAGE_TOKENS * args.scale) ** 0.5)
+    limit, grid = int(LIMIT * args.scale), round((args.image_tokens * args.scale) ** 0.5)
     model, processor = llava(grid, args.width, args.layers)
     rows = conversations(args.batch * args.steps, args.scale, args.seed)
     plain = ConversationDataset(rows, seed=args.seed)
     grouped = ConversationDataset(rows, seed=args.seed, group_by_length=True, image_tokens=grid**2)
-    padded = ConversationCollator(processor, max_length=limit)
-    packed = ConversationCollator(processor, max_length=limit, pack_to=int(args.rows * limit))
+    # The system's words do not shrink with the scale, so they are left out.
+    options = {"max_length": limit, "template_options": {"system": ""}}
+    padded = ConversationCollator(processor, **options)
+    packed = ConversationCollator(processor, **options, pack_to=int(args.rows * limit))
     orders = {name: list(GlobalBatchSampler(len(rows), args.batch, dataset=data)) for name, data in
               (("plain", plain), ("grouped", grouped))}  # fmt: skip
 
