@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -50,17 +50,19 @@ def make_config(args: argparse.Namespace) -> InstructBlipConfig:
     )
 
 
-def timed(function: Callable[[], Any], repeats: int, device: str) -> float:
-    found = []
+def timed(sides: Mapping[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
+    """Seconds of each side, the median of runs that take turns."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
+        for name, function in sides.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            found[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
 @torch.inference_mode()
@@ -110,10 +112,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return lambda: model.generate(**inputs, **search)
 
     same = bool(torch.equal(run(ours)(), run(native)()))
-    seconds = {
-        "ours": timed(run(ours), args.repeats, args.device),
-        "native": timed(run(native), args.repeats, args.device),
-    }
+    seconds = timed({"ours": run(ours), "native": run(native)}, args.repeats, args.device)
     result = {
         "setting": {k: v for k, v in vars(args).items() if k not in ("repeats", "small")},
         "same_ids": same,

@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -99,17 +99,19 @@ class RemoteStyle(nn.Module):
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
 
-def timed(function: Callable[[], Any], repeats: int, device: str) -> float:
-    found = []
+def timed(sides: Mapping[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
+    """Seconds of each side, the median of runs that take turns."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
+        for name, function in sides.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            found[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
 @torch.inference_mode()
@@ -148,10 +150,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return lambda: side.generate(input_ids, pixel_values=pixels, eos_token_id=None, **options)
 
     same = bool(torch.equal(run(model)(), run(theirs)()))
-    seconds = {
-        "ours": timed(run(model), args.repeats, args.device),
-        "remote style": timed(run(theirs), args.repeats, args.device),
-    }
+    seconds = timed({"ours": run(model), "remote style": run(theirs)}, args.repeats, args.device)
     result = {
         "setting": {k: v for k, v in vars(args).items() if k not in ("repeats", "small")},
         "same_ids": same,

@@ -24,7 +24,7 @@ IMAGE = 40
 TEST_CONVERSATIONS = 300
 STAGE1_STEPS, INSTRUCT_STEPS = 800, 2000
 CLIP: dict[str, Any] = {
-    **WORLD, "model_type": "eva_clip", "size": "nano", "image_size": IMAGE, "patch_size": 8, "vocab_size": 400,
+    **WORLD, "model_type": "eva_clip", "size": "nano", "image_size": IMAGE, "patch_size": 8, "vocab_size": 600,
     "shapes_size": 8000, "per_device_train_batch_size": 64, "max_steps": 600, "learning_rate": 1e-3,
     "weight_decay": 0.1, "warmup_steps": 60,
 }  # fmt: skip

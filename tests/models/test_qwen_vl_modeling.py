@@ -76,6 +76,17 @@ def test_features_stand_between_the_marks_and_nothing_else_changes() -> None:
     torch.testing.assert_close(again.logits, model(**made).logits)
 
 
+def test_attention_goes_through_the_interface_of_transformers() -> None:
+    model, made = tiny.model(), batch()
+    assert model.vision_model.config._attn_implementation == "sdpa"
+    logits = model(**made).logits
+    model.set_attn_implementation("eager")
+    assert (
+        model.vision_model.config._attn_implementation == model.language_model.config._attn_implementation == "eager"
+    )
+    torch.testing.assert_close(model(**made).logits, logits, atol=1e-5, rtol=1e-4)
+
+
 def test_text_alone_is_the_language_models_own() -> None:
     model = tiny.model()
     ids = torch.randint(5, 300, (2, 9))

@@ -117,6 +117,9 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: QwenVLConfig) -> None:
         super().__init__(config)
+        if config.vision_config._attn_implementation is None:
+            # transformers asks parts that are models of their own only.
+            config.vision_config._attn_implementation = config._attn_implementation
         self.vision_model = QwenVLVisionTower(config.vision_config)
         self.resampler = QwenVLResampler(config.vision_config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
