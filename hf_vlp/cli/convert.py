@@ -50,6 +50,8 @@ FORMATS: dict[str, Format] = {
     "to-lavis-blip2": Format("hf_vlp.cli.convert:export_blip2", "the other way, either stage"),
     "to-lavis-instructblip": Format("hf_vlp.cli.convert:export_instructblip", "the other way"),
     "to-qwen-vl": Format("hf_vlp.cli.convert:export_qwen_vl", "the other way: one file under the published names"),
+    "cogvlm": Format("hf_vlp.cli.convert_cogvlm:convert_cogvlm", "CogVLM or CogVLM2 with its own code (a folder)"),
+    "to-cogvlm": Format("hf_vlp.cli.convert_cogvlm:export_cogvlm", "the other way: weights and config of that code"),
 }
 
 _EXAMPLES = """\

@@ -143,3 +143,21 @@ def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
         config_to_original(model.config)
     with pytest.raises(ValueError, match="only CogVLM and CogVLM2 on a Llama"):
         config_to_original(tiny.model(2, model_type="qwen2").config)
+
+
+def test_the_command_converts_both_ways(tmp_path: Path) -> None:
+    from hf_vlp.cli.main import main
+
+    config = tiny.model(2).config
+    config.text_config = tiny.text_config(head_dim=8)
+    torch.manual_seed(0)
+    CogVLMForConditionalGeneration(config).save_pretrained(tmp_path / "ours")
+    assert main(["convert", "to-cogvlm", str(tmp_path / "ours"), str(tmp_path / "original")]) == 0
+    tiny.byte_tokenizer().save_pretrained(tmp_path / "original-words")
+    words = ["--tokenizer", str(tmp_path / "original-words")]
+    assert main(["convert", "cogvlm", str(tmp_path / "original"), str(tmp_path / "back"), *words]) == 0
+    first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "back"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    processor = AutoProcessor.from_pretrained(tmp_path / "back")
+    assert processor.image_token_id == json.loads((tmp_path / "back" / "config.json").read_text())["image_token_id"]
