@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -114,9 +115,7 @@ def trained(arm: Arm, seed: int, folder: Path, changes: Mapping[str, Any]) -> Pa
         training_script(arm.script).main(argv)
         for checkpoint in run.glob("checkpoint-*"):
             # The model is exported; what is left of the checkpoints only takes room.
-            for path in checkpoint.iterdir():
-                path.unlink()
-            checkpoint.rmdir()
+            shutil.rmtree(checkpoint)
         write_json(done, {"process_seconds_of_the_last_start": time.process_time() - started})
     return run
 
