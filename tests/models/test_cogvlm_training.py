@@ -167,6 +167,17 @@ def test_the_stages_of_the_script(tmp_path: Path) -> None:
         assert torch.equal(value, plain[name]), name
 
 
+@pytest.mark.slow
+def test_a_small_llama_from_the_script_gets_experts(tmp_path: Path) -> None:
+    sizes = ["--hidden_size", "24", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--vocab_size", "300"]
+    script("language_model").main([*COMMON, "--model_type", "llama", *sizes, "--output_dir", str(tmp_path / "lm")])
+    language = ["--language_model", str(tmp_path / "lm" / "model")]
+    metrics = script("cogvlm").main([*COMMON, *VISION, *language, "--output_dir", str(tmp_path / "one")])
+    assert 0 < metrics["eval_loss"] < 8
+    model = CogVLMForConditionalGeneration.from_pretrained(tmp_path / "one" / "model")
+    assert model.config.image_token_id == model.config.text_config.vocab_size
+
+
 def test_the_script_says_what_it_lacks(tmp_path: Path) -> None:
     main = script("cogvlm").main
     with pytest.raises(SystemExit, match="--language_model is missing"):
