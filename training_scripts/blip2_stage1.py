@@ -40,6 +40,7 @@ class ModelArguments:
     image_size: int | None = option(None, "Side of the images in pixels, if not the image encoder's own.")
     qformer: str = option("scratch", "Folder or Hub id of the BERT that the Q-Former starts from, or 'scratch'.")
     qformer_size: str = option("tiny", "Size of a Q-Former from scratch; base is BERT-base.", choices=list(SIZES))
+    qformer_layers: int | None = option(None, "Layers of a Q-Former from scratch, if not those of its size.")
     qformer_dropout: float = option(0.1, "Dropout of a Q-Former from scratch; a short run learns faster without.")
     tokenizer: str | None = option(None, "BERT tokenizer; left out: that of --qformer, or trained on the texts.")
     vocab_size: int = option(8192, "Vocabulary of a trained tokenizer, at most.")
@@ -77,7 +78,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         )
         model = Blip2ForPreTraining.from_vision_qformer_pretrained(
             model_args.vision_model,
-            qformer_config(model_args.qformer_size, dropout=model_args.qformer_dropout)
+            qformer_config(
+                model_args.qformer_size, layers=model_args.qformer_layers, dropout=model_args.qformer_dropout
+            )
             if model_args.qformer == "scratch"
             else model_args.qformer,
             tokenizer=tokenizer,

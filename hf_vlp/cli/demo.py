@@ -77,9 +77,14 @@ STEPS = (
         "stage1",
         "BLIP-2 stage 1: a Q-Former before the frozen image tower",
         "blip2_stage1",
-        700,
+        1000,
         {
             "vision_model": "{out}/clip/model",
+            # What an object looks like and where it stands is plainest in the middle of this small tower: its last
+            # layers only prepare the one feature that CLIP compares.
+            "drop_last_layers": 2,
+            # In a deeper Q-Former from scratch all queries end up saying the same.
+            "qformer_layers": 2,
             "num_query_tokens": 8,
             "cross_attention_frequency": 1,
             "qformer_dropout": 0,
@@ -91,7 +96,7 @@ STEPS = (
         "stage2",
         "BLIP-2 stage 2: the Q-Former before the frozen language model",
         "blip2_stage2",
-        2400,
+        2500,
         {
             "stage1": "{out}/stage1/model",
             "language_model": "{out}/language_model/model",

@@ -184,21 +184,24 @@ def new_bert_tokenizer(texts: Iterable[str], vocab_size: int = 8192, max_length:
     return train_bert_tokenizer(texts, vocab_size, max_length=max_length)
 
 
-def qformer_config(size: str, max_length: int = 512, *, dropout: float = 0.1) -> PreTrainedConfig:
+def qformer_config(
+    size: str, max_length: int = 512, *, layers: int | None = None, dropout: float = 0.1
+) -> PreTrainedConfig:
     """Sizes of a Q-Former from scratch, as the config of the BERT that it would have started from.
 
     Args:
         size: one of `SIZES`; `"base"` is BERT-base, as in the paper.
         max_length: longest text in tokens.
+        layers: depth, if not that of the size.
         dropout: of hidden states and attention weights.
     """
     from transformers import BertConfig
 
-    width, layers, heads = _QFORMERS[_known(size)]
+    width, depth, heads = _QFORMERS[_known(size)]
     return BertConfig(
         hidden_size=width,
         intermediate_size=4 * width,
-        num_hidden_layers=layers,
+        num_hidden_layers=layers or depth,
         num_attention_heads=heads,
         max_position_embeddings=max_length,
         # BERT's 0.02 at its width of 768; the same number in a narrow layer is next to nothing.
