@@ -42,3 +42,13 @@ def test_catalogue_names_classes_that_exist(model_type: str, role: str):
 def test_unknown_role_names_the_roles_there_are():
     with pytest.raises(KeyError, match="retrieval"):
         ARCHITECTURES["clip"].load("juggling")
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_every_page_is_in_the_index_and_its_links_lead_somewhere(page: str):
+    if page != "README.md":
+        assert f"]({page})" in (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+        assert f"](docs/{page})" in README
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([\w./-]+)(?:#[\w-]+)?\)", text):
+        assert (ROOT / "docs" / target).exists(), target
