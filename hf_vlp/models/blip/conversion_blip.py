@@ -5,12 +5,15 @@ The original names are those of github.com/salesforce/BLIP: a timm-like ViT `vis
 need the models, so they also rename gradients.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BlipConfig, PreTrainedModel
 
@@ -18,6 +21,7 @@ from hf_vlp.models.albef.conversion_albef import queue_from_original as _queue_f
 from hf_vlp.models.albef.conversion_albef import queue_to_original as _queue_to_original
 from hf_vlp.models.albef.conversion_albef import read_original
 from hf_vlp.models.albef.modeling_albef import interpolate_positions
+from hf_vlp.models.pretraining import EXTRAS_FILE
 
 _VISION = (
     ("cls_token", "embeddings.class_embedding"),
@@ -333,6 +337,49 @@ def convert(
     return model
 
 
+def load_folder(folder: str | Path) -> PreTrainedModel:
+    """Opens a folder of ours as the class that has all of its tensors.
+
+    That is `BlipForPreTraining` where twin and queues lie beside the weights, `BlipMED` where both text stacks are
+    there under the name of the retrieval class, and else the class that the config names.
+    """
+    from hf_vlp.models.blip import modeling_blip, tasks_blip
+    from hf_vlp.models.blip.med_blip import BlipMED
+    from hf_vlp.models.blip.pretraining_blip import BlipForPreTraining
+
+    folder = Path(folder)
+    if (folder / EXTRAS_FILE).is_file():
+        return BlipForPreTraining.from_pretrained(folder)
+    name = (json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""])[0]
+    cls = getattr(modeling_blip, name, None) or getattr(tasks_blip, name, None)
+    if cls is None or not issubclass(cls, PreTrainedModel):
+        raise ValueError(f"{folder}: its config names the class {name!r}, which is no model of BLIP")
+    if name == "BlipForImageTextRetrieval" and _has_decoder(folder):
+        cls = BlipMED
+    return cls.from_pretrained(folder)
+
+
+def _has_decoder(folder: Path) -> bool:
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            if any(name.startswith("text_decoder.") for name in file.keys()):  # noqa: SIM118
+                return True
+    return False
+
+
+def save_original(model: PreTrainedModel, path: str | Path) -> None:
+    """Writes a model under the original names, as safetensors; of a training model twin and queues too.
+
+    Args:
+        model: of any class that `inference_model` and `training_model` give.
+        path: the file.
+    """
+    state = training_state_to_original(model) if hasattr(model, "momentum") else to_original(model.state_dict())
+    save_file(
+        {name: v.detach().cpu().clone().contiguous() for name, v in state.items()}, path, metadata={"format": "pt"}
+    )
+
+
 __all__ = [
     "config_from_original",
     "convert",
@@ -340,9 +387,11 @@ __all__ = [
     "inference_model",
     "kind_of",
     "load",
+    "load_folder",
     "queue_from_original",
     "queue_to_original",
     "read_original",
+    "save_original",
     "to_original",
     "training_model",
     "training_state_to_original",
