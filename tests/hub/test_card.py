@@ -1,6 +1,7 @@
 """Model cards: what they say, where it comes from, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_text(folder: Path) -> None:
         "@inproceedings{li2023blip2", "4 queries",
     ):  # fmt: skip
         assert said in text, said
-    assert "{{" not in text.replace("{{BLIP-2}}", "")
+    assert "{{" not in text.replace("{{BLIP-2}:", "")
     model, _ = tiny.blip2()
     assert f"{model.num_parameters():,} parameters" in text
 
@@ -113,6 +114,39 @@ def test_every_architecture_and_role(architecture: Any, tmp_path: Path) -> None:
         assert "```python" in text
         assert "## Limits\n\n- " in text
         assert "```bibtex\n@" in text
+
+
+def entries_of(text: str) -> list[dict[str, str]]:
+    """Reads BibTeX as its parser does, brace by brace; an entry that is not whole is an error."""
+    entries = []
+    while text := text.strip():
+        head = re.match(r"@\w+\{[\w-]+,", text)
+        assert head, f"no entry begins here: {text[:60]!r}"
+        entry, text = {}, text[head.end() :]
+        while not text.lstrip().startswith("}"):
+            name = re.match(r"\s*(\w+)\s*=\s*\{", text)
+            assert name, f"no field begins here: {text[:60]!r}"
+            depth, end = 1, name.end()
+            while depth:
+                assert end < len(text), f"{name[1]} is not closed"
+                depth += {"{": 1, "}": -1}.get(text[end], 0)
+                end += 1
+            entry[name[1]] = text[name.end() : end - 1]
+            text = text[end:].removeprefix(",")
+        entries.append(entry)
+        text = text.lstrip()[1:]
+    return entries
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=lambda architecture: architecture.model_type)
+def test_citations_are_whole(architecture: Any, tmp_path: Path) -> None:
+    text = render_card(folder_of(architecture.model_type, "", tmp_path), CARD, "org/name")
+    (block,) = re.findall(r"```bibtex\n(.*?)```", text, re.DOTALL)
+    assert block.count("{") == block.count("}")
+    for entry in entries_of(block):
+        assert {"title", "author", "year"} <= set(entry)
+        assert all(value.strip() for value in entry.values())
+        assert entry["title"].count("{") == entry["title"].count("}")
 
 
 @pytest.mark.parametrize("model_type", ["clip", "clip_resnet", "eva_clip", "align", "blip-2", "blip2_any_vision"])
