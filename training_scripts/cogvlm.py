@@ -1,4 +1,4 @@
-r"""CogVLM (arXiv 2311.03079, section 2.3): visual experts in a language model that stays frozen. All stages.
+r"""CogVLM (arXiv 2311.03079, sections 2.2 and 2.3): visual experts in a language model that stays frozen. All stages.
 
 --stage stage1   captions; the experts and the adapter learn
 --stage stage2   captions and referring expressions, with boxes in the text

@@ -100,7 +100,7 @@ class CogVLMForConditionalGeneration(CogVLMPreTrainedModel, GenerationMixin):
         projector_hidden_size: int | None = None,
         **kwargs: Any,
     ) -> "CogVLMForConditionalGeneration":
-        """Gives a language model visual experts, which start as copies of its own matrices (section 2.2).
+        """Gives a language model visual experts, which start as copies of its own matrices (section 2.1).
 
         The vision encoder and the adapter are new: see `hf_vlp.models.cogvlm.conversion_cogvlm` for published ones.
 

@@ -1,4 +1,4 @@
-"""The visual expert (arXiv 2311.03079, section 2.2, equations 1 to 4), and the way of a batch's tokens through it.
+"""The visual expert (arXiv 2311.03079, section 2.1, equations 1 to 5), and the way of a batch's tokens through it.
 
 Every layer of the language model has a second set of projections and a second MLP for image tokens; the attention
 between all tokens is one. The tokens of a batch are put in order once, image tokens first and padding left out, and
