@@ -22,6 +22,7 @@ from hf_vlp.resources import resource_folder
 
 PRESET = "row"
 MODEL_FOLDER = "blip2-opt-shapes"
+FEATURES = "features"
 TRAINING_SCENES = 20_000
 TEXTS = 20_000
 UNSEEN_SCENES = 300
@@ -50,6 +51,8 @@ class Step:
 
 
 _EVERYWHERE = {"eval_split": "none", "save_strategy": "no", "resume": "never", "logging_steps": 20, "sanity_steps": 1}
+# The image encoder is frozen from stage 1 on, so each picture is encoded once.
+_CACHED = {"feature_cache": "{out}/" + FEATURES}
 _PAIRS = {"shapes_preset": PRESET, "shapes_size": "{scenes}"}
 
 STEPS = (
@@ -57,11 +60,12 @@ STEPS = (
         "clip",
         "CLIP: image and text towers from scratch",
         "clip",
-        600,
+        700,
         {
             "model_type": "eva_clip",
             "image_size": 40,
             "learning_rate": 2e-3,
+            "weight_decay": 0.05,
             "per_device_train_batch_size": 96,
             **_PAIRS,
         },
@@ -77,7 +81,7 @@ STEPS = (
         "stage1",
         "BLIP-2 stage 1: a Q-Former before the frozen image tower",
         "blip2_stage1",
-        1000,
+        1100,
         {
             "vision_model": "{out}/clip/model",
             # What an object looks like and where it stands is plainest in the middle of this small tower: its last
@@ -89,6 +93,7 @@ STEPS = (
             "cross_attention_frequency": 1,
             "qformer_dropout": 0,
             "per_device_train_batch_size": 64,
+            **_CACHED,
             **_PAIRS,
         },
     ),
@@ -96,13 +101,14 @@ STEPS = (
         "stage2",
         "BLIP-2 stage 2: the Q-Former before the frozen language model",
         "blip2_stage2",
-        2500,
+        3500,
         {
             "stage1": "{out}/stage1/model",
             "language_model": "{out}/language_model/model",
             # Small batches: what counts here is the number of steps in which the queries take different roles.
             "per_device_train_batch_size": 32,
             "learning_rate": 1.5e-3,
+            **_CACHED,
             **_PAIRS,
         },
     ),
@@ -165,10 +171,12 @@ class Demo:
         self.output.mkdir(parents=True, exist_ok=True)
         for step in STEPS:
             shutil.rmtree(self.output / step.folder, ignore_errors=True)
-        shutil.rmtree(self.output / MODEL_FOLDER, ignore_errors=True)
+        for folder in (MODEL_FOLDER, FEATURES):
+            shutil.rmtree(self.output / folder, ignore_errors=True)
         self.write_text()
         for step in STEPS:
             self.train(step)
+        shutil.rmtree(self.output / FEATURES)
         shutil.move(self.output / "stage2" / "model", self.output / MODEL_FOLDER)
         self.say(f"\n[{self.seconds:4.0f} s] Evaluation on scenes that were never trained", flush=True)
         findings = self.evaluate()
