@@ -23,12 +23,17 @@ def block_causal_mask(sequence_ids: Tensor) -> Tensor:
     return same & causal
 
 
+def sequence_begins(sequence_ids: Tensor) -> Tensor:
+    """(B, L) bool, True at the first token of each sequence; the padding of a row counts as one."""
+    begins = torch.ones_like(sequence_ids, dtype=torch.bool)
+    begins[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
+    return begins
+
+
 def sequence_positions(sequence_ids: Tensor) -> Tensor:
     """(B, L) position of each token in its own sequence, from 0."""
     places = torch.arange(sequence_ids.shape[1], device=sequence_ids.device).expand_as(sequence_ids)
-    begins = torch.ones_like(sequence_ids, dtype=torch.bool)
-    begins[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
-    return places - (places * begins).cummax(dim=1).values
+    return places - (places * sequence_begins(sequence_ids)).cummax(dim=1).values
 
 
 def attention_arguments(sequence_ids: Tensor, implementation: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -76,8 +81,6 @@ def sequence_bounds(sequence_ids: Tensor) -> tuple[Tensor, int]:
     Returns:
         (S + 1,) int32 from 0 to B * L, and the number of tokens of the longest.
     """
-    begins = torch.ones_like(sequence_ids, dtype=torch.bool)
-    begins[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
-    starts = begins.flatten().nonzero().flatten()
+    starts = sequence_begins(sequence_ids).flatten().nonzero().flatten()
     bounds = torch.cat([starts, starts.new_tensor([sequence_ids.numel()])]).to(torch.int32)
     return bounds, int(bounds.diff().max())

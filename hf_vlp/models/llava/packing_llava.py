@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_vlp.nn.sequences import attention_arguments, sequence_begins, sequence_positions
+
 _CHECKED = "_hf_vlp_keeps_packed_rows_apart"
 
 
@@ -28,11 +30,7 @@ def packed_positions(sequence_ids: Tensor, position_ids: Tensor | None, language
             f"{type(language_model).__name__} takes no position_ids and cannot read packed rows; train it on padded "
             "batches (leave out --pack_to)"
         )
-    index = torch.arange(sequence_ids.shape[1], device=sequence_ids.device).expand_as(sequence_ids)
-    first = torch.ones_like(sequence_ids, dtype=torch.bool)
-    first[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
-    start = index.masked_fill(~first, 0).cummax(dim=1).values
-    positions = (index - start).masked_fill(sequence_ids == 0, 0)
+    positions = sequence_positions(sequence_ids).masked_fill(sequence_ids == 0, 0)
     if position_ids is not None:
         real = sequence_ids != 0
         if position_ids.shape != positions.shape or bool((position_ids != positions)[real].any()):
@@ -60,14 +58,7 @@ def packed_mask(sequence_ids: Tensor, language_model: PreTrainedModel, dtype: to
     if sliding or config._attn_implementation not in ("sdpa", "eager"):
         check_borders(language_model)
         return None
-    length = sequence_ids.shape[1]
-    same = (sequence_ids[:, :, None] == sequence_ids[:, None, :]) & (sequence_ids != 0)[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool, device=sequence_ids.device).tril()
-    # Padding sees itself, so that no row of scores is empty.
-    seen = ((same & causal) | torch.eye(length, dtype=torch.bool, device=sequence_ids.device))[:, None]
-    if config._attn_implementation == "sdpa":
-        return seen
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+    return attention_arguments(sequence_ids, config._attn_implementation, dtype)["attention_mask"]
 
 
 def check_borders(language_model: PreTrainedModel) -> None:
@@ -106,9 +97,7 @@ def supervised_labels(labels: Tensor, sequence_ids: Tensor | None) -> Tensor:
     """Labels without those of first tokens, which the end of another conversation would have to predict."""
     if sequence_ids is None:
         return labels
-    first = torch.ones_like(sequence_ids, dtype=torch.bool)
-    first[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
-    return labels.masked_fill(first, -100)
+    return labels.masked_fill(sequence_begins(sequence_ids), -100)
 
 
 def flattened(language_model: PreTrainedModel) -> bool:
