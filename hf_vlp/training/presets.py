@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 # Width, layers and heads of a transformer tower, and the width of the joint space.
 _TOWERS: dict[str, dict[str, tuple[int, int, int]]] = {
-    "nano": {"vision": (128, 4, 4), "text": (128, 4, 4)},
+    "nano": {"vision": (128, 4, 4), "text": (128, 2, 4)},
     "tiny": {"vision": (192, 6, 3), "text": (192, 6, 3)},
     "small": {"vision": (384, 12, 6), "text": (384, 12, 6)},
     # CLIP's own (2103.00020, table 20).
