@@ -23,13 +23,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_vlp.models.blip.modeling_blip import BlipForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _blip import base_config, native_config, spread  # noqa: E402
+from _flops import counted_flops  # noqa: E402
 from _memory import table  # noqa: E402
 
 MIN_RATIO = 1.2
@@ -89,7 +88,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 seconds[name].append(time.perf_counter() - start)
         results = {}
         for name, function in sides.items():
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
+            with counted_flops() as flops:
                 function()
             results[name] = {"GFLOP an image": flops.get_total_flops() / args.batch / 1e9}
             if seconds[name]:

@@ -22,13 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_vlp.models.blip.modeling_blip import BlipForImageTextRetrieval
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _blip import Composed, base_config, captions, spread  # noqa: E402
+from _flops import counted_flops  # noqa: E402
 from _memory import TrackedAllocations, table  # noqa: E402
 
 MIN_SPEEDUP, PADDED = 5.0, 35
@@ -100,7 +99,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         scores[name] = run().float()
         seconds = time.perf_counter() - start
         pairs = number * top.shape[1]
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
+        with counted_flops() as flops:
             run(1)
         with TrackedAllocations(*model.parameters(), *model.buffers(), images, ids, mask, top) as tracked:
             run(1)

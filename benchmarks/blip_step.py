@@ -25,14 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_vlp.models.blip.pretraining_blip import BlipForPreTraining
 from hf_vlp.models.blip.vision_blip import encode_images
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _blip import Composed, base_config, captions, spread  # noqa: E402
+from _flops import counted_flops  # noqa: E402
 from _memory import TrackedAllocations, table  # noqa: E402
 
 ALPHA, MOMENTUM, PADDED = 0.4, 0.995, 30
@@ -187,14 +186,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             if args.device.startswith("cuda"):
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
+    with counted_flops() as flops:
         ours.model.encode_images(pixels).sum().backward()
         with torch.no_grad():
             encode_images(ours.momentum["vision_model"], pixels)
     vision = flops.get_total_flops() / args.batch / 1e9
     results: dict[str, dict[str, float]] = {}
     for name, (run, model) in sides.items():
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
+        with counted_flops() as flops:
             run()
         total = flops.get_total_flops() / args.batch / 1e9
         results[name] = {
