@@ -12,13 +12,7 @@ anything is timed. "Text models" is what is left without the two image towers.
 FLOPs are counted with the attention written out, since the counter does not know every fused kernel.
 """
 
-import argparse
-import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +25,11 @@ from hf_vlp.models.blip.vision_blip import encode_images
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _blip import Composed, base_config, captions, spread  # noqa: E402
-from _flops import counted_flops  # noqa: E402
-from _memory import TrackedAllocations, table  # noqa: E402
+from _fusion import StepLimits, compare_steps, step_arguments, step_negatives, step_pixels  # noqa: E402
 
 ALPHA, MOMENTUM, PADDED = 0.4, 0.995, 30
 # Counted of the original, a sample: in all, in the image towers.
-EXPECTED_GFLOP, EXPECTED_VISION = 306.6, 140.0
-MAX_REST_RATIO, MAX_FLOP_RATIO, MAX_TIME_RATIO = 0.40, 0.70, 0.75
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
+LIMITS = StepLimits(306.6, 140.0, "text models", rest_ratio=0.40, flop_ratio=0.70, time_ratio=0.75)
 
 
 class ComposedStep(nn.Module):
@@ -100,133 +91,41 @@ def pairs_of_gradients(ours: BlipForPreTraining, theirs: ComposedStep) -> dict[s
     return {name: (found[name].grad, parameter.grad) for name, parameter in expected.items()}
 
 
-def peak_bytes(run: Callable[[], Any], device: str, model: nn.Module) -> int:
-    """Most bytes that a step holds beyond weights, gradients included."""
-    model.zero_grad(set_to_none=True)
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with TrackedAllocations(*model.parameters(), *model.buffers()) as tracked:
-        run()
-    return tracked.peak
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps a side; the median is shown")
-    parser.add_argument("--queue_size", type=int, default=57600)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast")
-    parser.add_argument("--small", action="store_true", help="a tiny model, to try the script")
-    args = parser.parse_args(argv)
-    dtype = getattr(torch, args.dtype)
-
+    args = step_arguments(__doc__, argv, queue_size=57600)
     torch.manual_seed(0)
     config = base_config(small=args.small)
-    size = 256 if args.small else args.queue_size
-    ours = BlipForPreTraining(config, queue_size=size, momentum=MOMENTUM, alpha=ALPHA)
+    ours = BlipForPreTraining(config, queue_size=args.queue_size, momentum=MOMENTUM, alpha=ALPHA)
     spread(ours.model)
     ours.reset_momentum()
     ours = ours.to(args.device).train()
     theirs = ComposedStep(ours).to(args.device).train()
     ids, mask = (x.to(args.device) for x in captions(args.batch, config.text_config.vocab_size, PADDED))
-    side = config.vision_config.image_size
-    pixels = torch.randn(args.batch, 3, side, side, generator=torch.Generator().manual_seed(1)).to(args.device)
-    # Some images are sought after as negatives, most are not, as the similarities of a trained model have it.
-    shift = torch.randint(1, args.batch, (2, args.batch), generator=torch.Generator().manual_seed(3)).to(args.device)
-    image_index, text_index = (torch.arange(args.batch, device=args.device) + shift) % args.batch
+    pixels, negatives = step_pixels(args, config.vision_config.image_size), step_negatives(args)
 
-    def autocast() -> AbstractContextManager:
-        return nullcontext() if dtype is torch.float32 else torch.autocast(args.device.split(":")[0], dtype=dtype)
+    def our_losses() -> tuple[Tensor, dict[str, Tensor]]:
+        output = ours(pixels, ids, mask, negatives=negatives)
+        return output.loss, {name: output[name] for name in ("loss_itc", "loss_itm", "loss_lm")}
 
-    def our_step() -> dict[str, float]:
-        ours.zero_grad(set_to_none=True)
-        with autocast():
-            output = ours(pixels, ids, mask, negatives=(image_index, text_index))
-        output.loss.backward()
-        return {name: output[name].item() for name in ("loss_itc", "loss_itm", "loss_lm")}
+    def their_losses() -> tuple[Tensor, dict[str, Tensor]]:
+        losses = theirs(pixels, ids, mask, negatives)
+        return sum(losses.values()), losses
 
-    def their_step() -> dict[str, float]:
-        theirs.zero_grad(set_to_none=True)
-        with autocast():
-            losses = theirs(pixels, ids, mask, (image_index, text_index))
-        sum(losses.values()).backward()
-        return {name: loss.item() for name, loss in losses.items()}
-
-    sides: dict[str, tuple[Callable[[], dict[str, float]], nn.Module]] = {
-        "native classes": (their_step, theirs),
-        "ours": (our_step, ours),
-    }
-
-    # Equal before fast.
-    losses = {name: run() for name, (run, _) in sides.items()}
-    differences = {
-        name: abs(losses["ours"][name] - value) / abs(value) for name, value in losses["native classes"].items()
-    }
-    for name, (found, expected) in pairs_of_gradients(ours, theirs).items():
-        # Softmax does not see a bias of keys: its gradient is rounding noise around zero on both sides.
-        if not name.endswith("key.bias"):
-            largest = expected.abs().max().clamp(min=1e-6)
-            differences[name] = ((found - expected).abs().max() / largest).item()
-    worst = max(differences, key=differences.get)
-    print(f"largest relative difference of losses and gradients: {differences[worst]:.1e} ({worst})")
-    if differences[worst] > TOLERANCE[dtype]:
-        raise SystemExit(f"the two sides differ by more than {TOLERANCE[dtype]:.0e}")
-
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(args.repeats):
-        for name, (run, _) in sides.items():
-            start = time.perf_counter()
-            run()
-            if args.device.startswith("cuda"):
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    with counted_flops() as flops:
+    def image_towers() -> None:
         ours.model.encode_images(pixels).sum().backward()
         with torch.no_grad():
             encode_images(ours.momentum["vision_model"], pixels)
-    vision = flops.get_total_flops() / args.batch / 1e9
-    results: dict[str, dict[str, float]] = {}
-    for name, (run, model) in sides.items():
-        with counted_flops() as flops:
-            run()
-        total = flops.get_total_flops() / args.batch / 1e9
-        results[name] = {
-            "GFLOP a sample": total,
-            "image towers": vision,
-            "text models": total - vision,
-            "MiB at peak": peak_bytes(run, args.device, model) / 2**20,
-        }
-        if seconds[name]:
-            results[name]["seconds a step"] = statistics.median(seconds[name])
 
-    columns = list(results["ours"])
-    ratios = {column: results["ours"][column] / results["native classes"][column] for column in columns}
-    rows = [[name, *(f"{row[column]:.4g}" for column in columns)] for name, row in results.items()]
-    rows.append(["ratio", *(f"{ratios[column]:.3f}" for column in columns)])
-    kind = "tiny BLIP" if args.small else "BLIP ViT-B/16, 224 px"
-    lengths = f"captions of {mask.sum(1).float().mean():.1f} tokens on average"
-    print(table(f"{kind}, batch {args.batch}, {args.dtype}, {args.device}, {lengths}", ["", *columns], rows))
-    report = {"results": results, "ratios": ratios, "difference": differences[worst]}
-    report["threads"] = torch.get_num_threads()
-    print(json.dumps(report))
-    if not args.small:
-        theirs_gflop = results["native classes"]
-        for column, expected in (("GFLOP a sample", EXPECTED_GFLOP), ("image towers", EXPECTED_VISION)):
-            if abs(theirs_gflop[column] - expected) > 0.02 * expected:
-                raise SystemExit(
-                    f"{column} of the other side: {theirs_gflop[column]:.1f}, the original has {expected}"
-                )
-        if ratios["text models"] > MAX_REST_RATIO or ratios["GFLOP a sample"] > MAX_FLOP_RATIO:
-            raise SystemExit(f"more than {MAX_REST_RATIO} of the text models' FLOPs or {MAX_FLOP_RATIO} of all")
-        if args.device == "cpu" and args.repeats and ratios["seconds a step"] > MAX_TIME_RATIO:
-            raise SystemExit(f"more than {MAX_TIME_RATIO} of the time")
-    return report
+    return compare_steps(
+        args,
+        "tiny BLIP" if args.small else "BLIP ViT-B/16, 224 px",
+        mask,
+        (our_losses, ours),
+        (their_losses, theirs),
+        lambda: pairs_of_gradients(ours, theirs),
+        image_towers,
+        LIMITS,
+    )
 
 
 if __name__ == "__main__":
