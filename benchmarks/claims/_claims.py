@@ -22,8 +22,8 @@ from typing import Any
 
 from hf_vlp.resources import resource_folder
 
-# One world for all claims: 64 combinations of colour and shape, one or two objects on white, 40 px.
-WORLD = {"preset": "simple"}
+# One world for all claims: 88 combinations of colour and shape, one or two objects side by side on white, 40 px.
+WORLD = {"preset": "row"}
 TEST_SCENES = 500
 # A small ALBEF that learns this world in some minutes of one core.
 ALBEF = {
@@ -36,10 +36,10 @@ ALBEF = {
     "queue_size": 512,
     "momentum": 0.99,
     "alpha": 0.4,
-    "shapes_preset": "simple",
+    "shapes_preset": WORLD["preset"],
     "shapes_size": 8000,
     "per_device_train_batch_size": 64,
-    "max_steps": 1000,
+    "max_steps": 600,
     "learning_rate": 1e-3,
     "weight_decay": 0.02,
     "warmup_steps": 100,
