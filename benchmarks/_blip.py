@@ -52,13 +52,16 @@ def native_config(config: BlipConfig) -> BlipConfig:
     return config
 
 
-def spread(model: nn.Module, std: float = 0.05) -> None:
-    """Makes a random model's weights large enough for its outputs to differ between inputs."""
+def spread(model: nn.Module) -> None:
+    """Draws weights that keep the scale of what goes through them, so that outputs differ between inputs, which the
+    native initialisation (1e-10) does not give, and attention doesn't saturate, which would leave rounding noise as
+    the gradient of queries and keys."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+                fan_in = parameter[0].numel() if parameter.ndim == 4 else parameter.shape[-1]
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5 * fan_in**-0.5)
 
 
 class Composed(nn.Module):
