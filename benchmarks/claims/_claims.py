@@ -24,6 +24,8 @@ from hf_vlp.resources import resource_folder
 
 # One world for all claims: 88 combinations of colour and shape, one or two objects side by side on white, 40 px.
 WORLD = {"preset": "row"}
+# The same as options of a training script.
+SCENES = {f"shapes_{name}": value for name, value in WORLD.items()}
 TEST_SCENES = 500
 # A small ALBEF that learns this world in some minutes of one core.
 ALBEF = {
@@ -36,7 +38,7 @@ ALBEF = {
     "queue_size": 512,
     "momentum": 0.99,
     "alpha": 0.4,
-    "shapes_preset": WORLD["preset"],
+    **SCENES,
     "shapes_size": 8000,
     "per_device_train_batch_size": 64,
     "max_steps": 600,

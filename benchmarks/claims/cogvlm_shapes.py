@@ -16,9 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from _claims import Arm, arguments, changes_of, measured, report, trained, write_json
+from _claims import SCENES, WORLD, Arm, arguments, changes_of, measured, report, trained, write_json
 
-WORLD = {"shapes_preset": "simple"}
 TEST_CONVERSATIONS = 300
 STAGE1_STEPS, SFT_STEPS = 400, 1200
 LANGUAGE_STEPS = 600
@@ -27,11 +26,11 @@ SIZES: dict[str, Any] = {
     "vision_intermediate_size": 256,
 }  # fmt: skip
 STAGE1: dict[str, Any] = {
-    **WORLD, "stage": "stage1", "train_vision": "true", "shapes_size": 8000, "per_device_train_batch_size": 32,
+    **SCENES, "stage": "stage1", "train_vision": "true", "shapes_size": 8000, "per_device_train_batch_size": 32,
     "max_steps": STAGE1_STEPS, "learning_rate": 1e-3, "warmup_steps": 40, "lr_scheduler_type": "cosine",
 }  # fmt: skip
 SFT: dict[str, Any] = {
-    **WORLD, "stage": "sft", "shapes_short": "true", "shapes_size": 16000, "per_device_train_batch_size": 32,
+    **SCENES, "stage": "sft", "shapes_short": "true", "shapes_size": 16000, "per_device_train_batch_size": 32,
     "max_steps": SFT_STEPS, "learning_rate": 1e-3, "warmup_steps": 60, "lr_scheduler_type": "cosine",
     "max_grad_norm": 1.0,
 }  # fmt: skip
@@ -64,7 +63,7 @@ def language_model(folder: Path, seed: int, steps: int, rows: int = 8000) -> Pat
             return {name: batch[name] for name in ("input_ids", "attention_mask", "labels", "record_report")}
 
     read = []
-    for row in load_conversations("shapes:simple", "train", seed=1000 + seed, size=rows, short=True):
+    for row in load_conversations(f"shapes:{WORLD['preset']}", "train", seed=1000 + seed, size=rows, short=True):
         messages = [
             {"role": turn["role"], "content": [one for one in turn["content"] if one["type"] == "text"]}
             for turn in row["messages"]
@@ -126,7 +125,7 @@ def measures(model: Path, language: Path, conversations: int) -> dict[str, float
 
     result = run_evaluation(
         "instructions", model, "shapes", template="cogvlm_chat", batch_size=50, show_progress=False,
-        data_options={"preset": "simple", "short": True, "size": conversations},
+        data_options={**WORLD, "short": True, "size": conversations},
     )  # fmt: skip
     metrics = {name: value for name, value in result["metrics"].items() if isinstance(value, int | float)}
     metrics |= {f"exact_{kind}": value for kind, value in (result.get("per_kind") or {}).items()}

@@ -17,14 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from _claims import Arm, arguments, changes_of, measured, report, trained
+from _claims import SCENES, WORLD, Arm, arguments, changes_of, measured, report, trained
 
-WORLD = {"shapes_preset": "simple"}
 IMAGE = 40
 TEST_CONVERSATIONS = 300
 STAGE1_STEPS, INSTRUCT_STEPS = 800, 2000
 CLIP: dict[str, Any] = {
-    **WORLD, "model_type": "eva_clip", "size": "nano", "image_size": IMAGE, "patch_size": 8, "vocab_size": 600,
+    **SCENES, "model_type": "eva_clip", "size": "nano", "image_size": IMAGE, "patch_size": 8, "vocab_size": 600,
     "shapes_size": 8000, "per_device_train_batch_size": 64, "max_steps": 600, "learning_rate": 1e-3,
     "weight_decay": 0.1, "warmup_steps": 60,
 }  # fmt: skip
@@ -34,11 +33,11 @@ LANGUAGE: dict[str, Any] = {
     "warmup_steps": 40, "max_length": 160,
 }  # fmt: skip
 STAGE1: dict[str, Any] = {
-    **WORLD, "qformer_size": "nano", "num_query_tokens": 8, "shapes_size": 8000, "per_device_train_batch_size": 64,
+    **SCENES, "qformer_size": "nano", "num_query_tokens": 8, "shapes_size": 8000, "per_device_train_batch_size": 64,
     "max_steps": STAGE1_STEPS, "learning_rate": 1e-3, "warmup_steps": 60,
 }  # fmt: skip
 INSTRUCT: dict[str, Any] = {
-    **WORLD, "shapes_short": "true", "shapes_size": 16000, "per_device_train_batch_size": 32,
+    **SCENES, "shapes_short": "true", "shapes_size": 16000, "per_device_train_batch_size": 32,
     "max_steps": INSTRUCT_STEPS, "learning_rate": 1e-3, "warmup_steps": 60, "lr_scheduler_type": "cosine",
     "max_grad_norm": 1.0,
 }  # fmt: skip
@@ -64,7 +63,7 @@ def text_file(folder: Path, seed: int, rows: int = 6000) -> Path:
         lines = []
         for told in (1.0, 0.0):
             options = {"size": rows // 2, "short": True, "text_only": told}
-            for row in load_conversations("shapes:simple", "train", seed=1000 + seed, **options):
+            for row in load_conversations(f"shapes:{WORLD['preset']}", "train", seed=1000 + seed, **options):
                 messages = row["messages"]
                 for place, message in enumerate(messages):
                     if message["role"] == "assistant":
@@ -101,7 +100,7 @@ def exact_answers(model: Path) -> dict[str, float]:
     """Share of right answers on the test split, over all and by kind."""
     from hf_vlp.evaluation.run import run_evaluation
 
-    options = {"preset": "simple", "short": True, "size": TEST_CONVERSATIONS}
+    options = {**WORLD, "short": True, "size": TEST_CONVERSATIONS}
     result = run_evaluation(
         "instructions",
         model,

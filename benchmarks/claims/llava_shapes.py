@@ -16,14 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from _claims import Arm, arguments, changes_of, measured, report, trained
+from _claims import SCENES, WORLD, Arm, arguments, changes_of, measured, report, trained
 
-WORLD = {"shapes_preset": "simple"}
 IMAGE = 40
 TEST_CONVERSATIONS = 300
 STAGE1_STEPS, STAGE2_STEPS = 250, 1200
 CLIP: dict[str, Any] = {
-    **WORLD, "model_type": "clip", "size": "nano", "image_size": IMAGE, "patch_size": 8, "vocab_size": 600,
+    **SCENES, "model_type": "clip", "size": "nano", "image_size": IMAGE, "patch_size": 8, "vocab_size": 600,
     "shapes_size": 8000, "per_device_train_batch_size": 64, "max_steps": 600, "learning_rate": 1e-3,
     "weight_decay": 0.1, "warmup_steps": 60,
 }  # fmt: skip
@@ -33,11 +32,11 @@ LANGUAGE: dict[str, Any] = {
     "warmup_steps": 40, "max_length": 160,
 }  # fmt: skip
 STAGE1: dict[str, Any] = {
-    **WORLD, "shapes_size": 8000, "per_device_train_batch_size": 32, "max_steps": STAGE1_STEPS,
+    **SCENES, "shapes_size": 8000, "per_device_train_batch_size": 32, "max_steps": STAGE1_STEPS,
     "learning_rate": 2e-3, "warmup_steps": 20, "lr_scheduler_type": "cosine",
 }  # fmt: skip
 STAGE2: dict[str, Any] = {
-    **WORLD, "shapes_short": "true", "shapes_size": 16000, "per_device_train_batch_size": 32,
+    **SCENES, "shapes_short": "true", "shapes_size": 16000, "per_device_train_batch_size": 32,
     "max_steps": STAGE2_STEPS, "learning_rate": 1e-3, "warmup_steps": 60, "lr_scheduler_type": "cosine",
     "max_grad_norm": 1.0,
 }  # fmt: skip
@@ -61,7 +60,7 @@ def text_file(folder: Path, seed: int, rows: int = 6000) -> Path:
         from hf_vlp.data.conversations.templates import VicunaTemplate
 
         template = VicunaTemplate(eos_token=" ", image_token="")
-        found = load_conversations("shapes:simple", "train", seed=1000 + seed, size=rows, short=True)
+        found = load_conversations(f"shapes:{WORLD['preset']}", "train", seed=1000 + seed, size=rows, short=True)
         lines = []
         for row in found:
             messages = [
@@ -115,7 +114,7 @@ def exact_answers(model: Path, conversations: int) -> dict[str, float]:
     """Share of right answers on the test split, over all and by kind."""
     from hf_vlp.evaluation.run import run_evaluation
 
-    options = {"preset": "simple", "short": True, "size": conversations}
+    options = {**WORLD, "short": True, "size": conversations}
     result = run_evaluation("instructions", model, "shapes", data_options=options, batch_size=50, show_progress=False)
     metrics = {name: value for name, value in result["metrics"].items() if isinstance(value, int | float)}
     return metrics | {f"exact_{kind}": value for kind, value in (result.get("per_kind") or {}).items()}
