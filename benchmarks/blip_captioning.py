@@ -12,10 +12,7 @@ FLOPs are counted with the attention written out, since the counter does not kno
 """
 
 import argparse
-import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +26,7 @@ from hf_vlp.models.blip.modeling_blip import BlipForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).parent))
 from _blip import base_config, native_config, spread  # noqa: E402
 from _flops import counted_flops  # noqa: E402
-from _memory import table  # noqa: E402
+from _measure import in_turns, print_sides  # noqa: E402
 
 MIN_RATIO = 1.2
 
@@ -60,17 +57,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     def run(model: Any, options: dict[str, Any]) -> Tensor:
         torch.manual_seed(2)
-        ids = model.generate(pixel_values=pixels, input_ids=prompt.clone(), **options)
-        if args.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        return ids
+        return model.generate(pixel_values=pixels, input_ids=prompt.clone(), **options)
 
     lengths = {"max_length": args.length, "min_length": 5}
     modes: dict[str, dict[str, Any]] = {
         f"beam {args.beams}": {"num_beams": args.beams, **lengths},
         "nucleus": {"do_sample": True, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.1, **lengths},
     }
-    report: dict[str, Any] = {"threads": torch.get_num_threads()}
+    report: dict[str, Any] = {}
     slow = []
     for mode, options in modes.items():
         sides: dict[str, Callable[[], Tensor]] = {
@@ -80,31 +74,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         ids = {name: function() for name, function in sides.items()}
         equal = torch.equal(ids["native"], ids["ours"])
         print(f"{mode}: ids of both sides {'are equal' if equal else 'differ'}")
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(args.repeats):
-            for name, function in sides.items():
-                start = time.perf_counter()
-                function()
-                seconds[name].append(time.perf_counter() - start)
+        seconds = in_turns(sides, args.repeats, args.device)
         results = {}
         for name, function in sides.items():
             with counted_flops() as flops:
                 function()
             results[name] = {"GFLOP an image": flops.get_total_flops() / args.batch / 1e9}
-            if seconds[name]:
-                results[name]["images/s"] = args.batch / statistics.median(seconds[name])
-        columns = list(results["ours"])
-        ratios = {column: results["ours"][column] / results["native"][column] for column in columns}
-        rows = [[name, *(f"{row[column]:.4g}" for column in columns)] for name, row in results.items()]
-        rows.append(["ratio", *(f"{ratios[column]:.3f}" for column in columns)])
+            if name in seconds:
+                results[name]["images/s"] = args.batch / seconds[name]
         kind = "tiny BLIP" if args.small else "BLIP ViT-B/16, 384 px"
-        print(table(f"{kind}, {mode}, batch {args.batch}, float32, {args.device}", ["", *columns], rows))
-        report[mode] = {"results": results, "ratios": ratios, "equal": equal}
+        title = f"{kind}, {mode}, batch {args.batch}, float32, {args.device}"
+        report[mode] = print_sides(title, results, "native", equal=equal)
         if not equal:
             slow.append(f"{mode}: other ids than the native class")
-        if not args.small and args.repeats and ratios["images/s"] < MIN_RATIO:
+        if not args.small and args.repeats and report[mode]["ratios"]["images/s"] < MIN_RATIO:
             slow.append(f"{mode}: less than {MIN_RATIO} times the native throughput")
-    print(json.dumps(report))
     if slow:
         raise SystemExit("; ".join(slow))
     return report
