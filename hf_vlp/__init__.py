@@ -4,42 +4,31 @@ Importing the package is cheap: names are resolved on first use, and the Auto cl
 learn of our architectures when they are themselves first imported.
 """
 
-from importlib import import_module
-from typing import Any
-
+from hf_vlp._exports import lazy_exports
 from hf_vlp._registration import register as _register
 
 __version__ = "0.1.0"
 
 # Public name -> module that defines it.
-_EXPORTS: dict[str, str] = {
-    "AlbefForPreTraining": "hf_vlp.models.albef.pretraining_albef",
-    "Blip2ForConditionalGeneration": "hf_vlp.models.blip2.modeling_blip_2",
-    "Blip2ForImageTextRetrieval": "hf_vlp.models.blip2.modeling_blip_2",
-    "Blip2ForPreTraining": "hf_vlp.models.blip2.pretraining_blip_2",
-    "Blip2Processor": "hf_vlp.models.blip2.processing_blip_2",
-    "CLIPForPreTraining": "hf_vlp.models.clip.pretraining_clip",
-    "CLIPModel": "hf_vlp.models.clip.modeling_clip",
-    "CLIPProcessor": "hf_vlp.models.clip.processing_clip",
-    "VLPTrainer": "hf_vlp.training",
-    "VLPTrainingArguments": "hf_vlp.training",
-    "load_pairs": "hf_vlp.data",
-    "load_shapes": "hf_vlp.data",
-    "run_evaluation": "hf_vlp.evaluation",
-    "save_for_hub": "hf_vlp.hub",
+_EXPORTS = {
+    "AlbefForPreTraining": "models.albef.pretraining_albef",
+    "Blip2ForConditionalGeneration": "models.blip2.modeling_blip_2",
+    "Blip2ForImageTextRetrieval": "models.blip2.modeling_blip_2",
+    "Blip2ForPreTraining": "models.blip2.pretraining_blip_2",
+    "Blip2Processor": "models.blip2.processing_blip_2",
+    "CLIPForPreTraining": "models.clip.pretraining_clip",
+    "CLIPModel": "models.clip.modeling_clip",
+    "CLIPProcessor": "models.clip.processing_clip",
+    "VLPTrainer": "training",
+    "VLPTrainingArguments": "training",
+    "load_pairs": "data",
+    "load_shapes": "data",
+    "run_evaluation": "evaluation",
+    "save_for_hub": "hub",
 }
 
 __all__ = ["__version__", *_EXPORTS]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
 
 
 _register()

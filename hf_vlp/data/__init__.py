@@ -1,7 +1,6 @@
 """Image-text data: sources, records, collators, and the built-in Shapes world. Names are resolved on first use."""
 
-from importlib import import_module
-from typing import Any
+from hf_vlp._exports import lazy_exports
 
 # Public name -> module that defines it.
 _EXPORTS = {
@@ -43,13 +42,4 @@ _EXPORTS = {
 }
 
 __all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -1,9 +1,9 @@
 """Evaluation on the tasks of the papers: retrieval, zero-shot classification, captioning, question answering,
 reasoning over two images, entailment, dialogs, grounding."""
 
-from importlib import import_module
-from typing import Any
+from hf_vlp._exports import lazy_exports
 
+# Public name -> module that defines it.
 _EXPORTS = {
     "TASKS": "run",
     "bleu": "caption_scores",
@@ -38,13 +38,4 @@ _EXPORTS = {
 }
 
 __all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -1,30 +1,25 @@
 """Saving models so that the world can load them: folders with their code, model cards, verification, push."""
 
-from importlib import import_module
-from typing import Any
+from hf_vlp._exports import lazy_exports
 
+# Public name -> module that defines it.
 _EXPORTS = {
-    "CardData": "hf_vlp.hub.card",
-    "Metric": "hf_vlp.hub.card",
-    "metrics_from_result": "hf_vlp.hub.card",
-    "render_card": "hf_vlp.hub.card",
-    "write_card": "hf_vlp.hub.card",
-    "recipe_of": "hf_vlp.hub.card",
-    "complete_folder": "hf_vlp.hub.saving",
-    "save_for_hub": "hf_vlp.hub.saving",
-    "VerificationError": "hf_vlp.hub.verification",
-    "VerificationReport": "hf_vlp.hub.verification",
-    "verify_folder": "hf_vlp.hub.verification",
-    "FolderError": "hf_vlp.hub.pushing",
-    "PushError": "hf_vlp.hub.pushing",
-    "check_folder": "hf_vlp.hub.pushing",
-    "push": "hf_vlp.hub.pushing",
+    "CardData": "card",
+    "Metric": "card",
+    "metrics_from_result": "card",
+    "render_card": "card",
+    "write_card": "card",
+    "recipe_of": "card",
+    "complete_folder": "saving",
+    "save_for_hub": "saving",
+    "VerificationError": "verification",
+    "VerificationReport": "verification",
+    "verify_folder": "verification",
+    "FolderError": "pushing",
+    "PushError": "pushing",
+    "check_folder": "pushing",
+    "push": "pushing",
 }
 
-__all__ = list(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = sorted(_EXPORTS)
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -1,9 +1,9 @@
 """Training objectives as pure functions of tensors: no model, no config, no state. Resolved on first use."""
 
-from importlib import import_module
-from typing import Any
+from hf_vlp._exports import lazy_exports
 
-_EXPORTS: dict[str, str] = {
+# Public name -> module that defines it.
+_EXPORTS = {
     "AllLabelsIgnoredError": "language",
     "ContrastiveOutput": "contrastive",
     "HardNegatives": "matching",
@@ -27,13 +27,4 @@ _EXPORTS: dict[str, str] = {
 }
 
 __all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -4,20 +4,15 @@ The files beside this one ship with the checkpoints that use them, so they impor
 standard library and each other; `loading.py` and `zero_shot_image_classification.py` stay here.
 """
 
-from importlib import import_module
-from typing import Any
+from hf_vlp._exports import lazy_exports
 
+# Public name -> module that defines it.
 _EXPORTS = {
-    "ImageToTextPipeline": "hf_vlp.pipelines.image_to_text",
-    "ImageQuestionAnsweringPipeline": "hf_vlp.pipelines.image_question_answering",
-    "ImageTextMatchingPipeline": "hf_vlp.pipelines.image_text_matching",
-    "ProtocolZeroShotPipeline": "hf_vlp.pipelines.zero_shot_image_classification",
+    "ImageToTextPipeline": "image_to_text",
+    "ImageQuestionAnsweringPipeline": "image_question_answering",
+    "ImageTextMatchingPipeline": "image_text_matching",
+    "ProtocolZeroShotPipeline": "zero_shot_image_classification",
 }
 
-__all__ = list(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = sorted(_EXPORTS)
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -1,10 +1,9 @@
 """Training: the trainer and its arguments, stages, LoRA, checkpoints, the sanity pass, the feature cache."""
 
-from importlib import import_module
-from typing import Any
+from hf_vlp._exports import lazy_exports
 
-# Public name -> module that defines it; resolved on first use, so that `import hf_vlp.training` stays cheap.
-_EXPORTS: dict[str, str] = {
+# Public name -> module that defines it.
+_EXPORTS = {
     "DataArguments": "data",
     "VLPTrainingArguments": "arguments",
     "parse_arguments": "arguments",
@@ -18,14 +17,5 @@ _EXPORTS: dict[str, str] = {
     "newest_checkpoint": "checkpoints",
 }
 
-__all__ = list(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__all__ = sorted(_EXPORTS)
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
