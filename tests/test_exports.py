@@ -25,4 +25,4 @@ def test_public_names_resolve(package):
         assert getattr(module, name) is not None
     assert set(module._EXPORTS) <= set(dir(module))
     with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
-        module.nothing
+        _ = module.nothing
