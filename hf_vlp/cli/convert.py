@@ -36,6 +36,10 @@ FORMATS: dict[str, Format] = {
     "lavis-blip2": Format(
         "hf_vlp.cli.convert:convert_blip2", "BLIP-2 of LAVIS, stage 1 or stage 2 (.pth, .safetensors)"
     ),
+    "albef": Format("hf_vlp.cli.convert_albef:convert_albef", "ALBEF of its authors, any task (.pth, .safetensors)"),
+    "to-albef": Format(
+        "hf_vlp.cli.convert_albef:export_albef", "the other way, with twin and queue where there are some"
+    ),
     "blip": Format("hf_vlp.cli.convert_blip:convert_blip", "BLIP of its authors, any task (.pth, .safetensors)"),
     "to-blip": Format(
         "hf_vlp.cli.convert_blip:export_blip", "the other way, with twin and queues where there are some"
@@ -64,6 +68,7 @@ _EXAMPLES = """\
   hf-vlp convert lavis-blip2 blip2_pretrained.pth outputs/stage1 --vision eva_vit_g.pth --tokenizer bert-base-uncased
   hf-vlp convert lavis-blip2 blip2_pretrained_opt2.7b.pth outputs/blip2 --language_model facebook/opt-2.7b \\
       --vision eva_vit_g.pth
+  hf-vlp convert albef ALBEF.pth outputs/albef --tokenizer bert-base-uncased
   hf-vlp convert blip model_base_capfilt_large.pth outputs/blip --tokenizer bert-base-uncased
   hf-vlp convert llava llava-v1.5-7b outputs/llava --vision openai/clip-vit-large-patch14-336
   hf-vlp convert lavis-instructblip instruct_blip_vicuna7b_trimmed.pth outputs/instructblip --vision eva_vit_g.pth \\

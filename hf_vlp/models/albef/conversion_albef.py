@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import ViTConfig
+
+from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin
 
 from .configuration_albef import AlbefConfig, AlbefTextConfig
 from .finetuning_albef import (
@@ -79,8 +82,10 @@ class Layout:
         with_cross = {int(m.group(1)) for name in names if (m := pattern.match(name))}
         if not with_cross or not any(name.startswith("visual_encoder.") for name in names):
             shown = sorted(names)[:3]
-            raise ValueError(f"this is no ALBEF checkpoint: it has names such as {shown}, but no visual_encoder.* and "
-                             "text_encoder.*.crossattention.*")  # fmt: skip
+            raise ValueError(
+                f"this is no ALBEF checkpoint: it has names such as {shown}, but no visual_encoder.* and "
+                "text_encoder.*.crossattention.*"
+            )
         if kind is None and any(name.startswith("cls_head.") for name in names):
             # The two classifiers have the same names: the pair model's are told by shared keys, see `_is_pair_model`.
             kind = "ve"
@@ -370,8 +375,6 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
         return load_file(path)
     loaded = torch.load(path, map_location="cpu", weights_only=True)
     loaded = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
@@ -484,6 +487,8 @@ def training_model(
 
 def training_state_to_original(model: AlbefPreTrainedModel) -> dict[str, Tensor]:
     """The whole state of a training under the original names: model, twin, queues."""
+    if isinstance(model, AlbefForTextAssignment):
+        return _assignment_to_original(model)
     kind = next(kind for kind, cls in TRAINING_CLASSES.items() if type(model) is cls)
     text = model.config.text_config
     layout = Layout(kind, text.fusion_layer, text.images_per_text == 2)
@@ -496,10 +501,44 @@ def training_state_to_original(model: AlbefPreTrainedModel) -> dict[str, Tensor]
     return state | (queue_to_original(model.queue.state_dict()) if hasattr(model, "queue") else {})
 
 
+def _assignment_to_original(model: AlbefForTextAssignment) -> dict[str, Tensor]:
+    layout = Layout("text_assignment", model.config.text_config.fusion_layer, True)
+    online = {f"albef.{name}": value for name, value in model.albef_model.state_dict().items()}
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith("reasoning.")}
+    return to_original(online | own, layout)
+
+
+def model_from_original(
+    state: Mapping[str, Tensor], *, image_size: int | None = None, **options: Any
+) -> AlbefPreTrainedModel:
+    """Builds the model that keeps all of an original state dict that a folder of ours can hold.
+
+    That is the training model of a pretraining, whose `export` keeps MLM head, twin and queue beside the inference
+    model, and of text assignment, which has no other; of every other kind the inference model.
+
+    Args:
+        state: an original state dict of any kind.
+        image_size: interpolate the position embedding to it.
+        options: see `config_from_original`.
+
+    Raises:
+        ValueError: tensors are missing or do not fit.
+    """
+    kind = layout_of(state).kind
+    if kind == "text_assignment" or (kind == "pretraining" and "image_queue" in state):
+        model = training_model(state, **options)
+        if image_size is not None and image_size != model.config.vision_config.image_size:
+            model.set_image_size(image_size)
+        return model.eval()
+    return inference_model(state, image_size=image_size, **options)
+
+
 def convert(
     source: str | Path, folder: str | Path, *, image_size: int | None = None, **config_options: Any
 ) -> AlbefPreTrainedModel:
-    """Writes an original checkpoint file as a Hub folder; returns the model.
+    """Writes an original checkpoint file as a Hub folder; returns the inference model.
+
+    Of a pretraining the MLM head, the twin and the queue are kept in the side file from which training goes on.
 
     Args:
         source: `.pth` or `.safetensors`.
@@ -507,9 +546,54 @@ def convert(
         image_size: interpolate the position embedding to it.
         config_options: see `config_from_original`.
     """
-    model = inference_model(read_original(source), image_size=image_size, **config_options)
+    model = model_from_original(read_original(source), image_size=image_size, **config_options)
+    if isinstance(model, PreTrainingMixin):
+        model.export(folder)
+        return model.inference_model
     model.save_pretrained(folder)
     return model
+
+
+def load_folder(folder: str | Path) -> AlbefPreTrainedModel:
+    """Opens a folder of ours as the class that has all of its tensors: `AlbefForPreTraining` where MLM head, twin and
+    queue lie beside the weights, and else the class that the config names.
+
+    Raises:
+        ValueError: the config names no model with a head.
+    """
+    folder = Path(folder)
+    name = (AlbefConfig.from_pretrained(folder).architectures or [""])[0]
+    if name == AlbefForImageTextRetrieval.__name__ and (folder / EXTRAS_FILE).is_file():
+        return AlbefForPreTraining.from_pretrained(folder)
+    cls = next((cls for cls in INFERENCE_CLASSES.values() if cls.__name__ == name), None)
+    if cls is None:
+        raise ValueError(
+            f"{folder}: its config names the class {name!r}; the original code has checkpoints of "
+            f"{sorted({cls.__name__ for cls in INFERENCE_CLASSES.values()})}"
+        )
+    return cls.from_pretrained(folder)
+
+
+def save_original(model: AlbefPreTrainedModel, path: str | Path) -> None:
+    """Writes a model under the original names, as safetensors; of a training model twin and queues too.
+
+    Args:
+        model: of any class that `inference_model` and `training_model` give.
+        path: the file.
+    """
+    if isinstance(model, PreTrainingMixin):
+        state = training_state_to_original(model)
+    else:
+        # `AlbefForImageTextRetrieval` is the class of two kinds: without an MLM head it is a fine-tuned one.
+        kinds = {cls: kind for kind, cls in INFERENCE_CLASSES.items()}
+        text = model.config.text_config
+        layout = Layout(kinds[type(model)], text.fusion_layer, text.images_per_text == 2)
+        state = to_original(model.state_dict(), layout)
+    save_file(
+        {name: value.detach().cpu().contiguous().clone() for name, value in state.items()},
+        path,
+        metadata={"format": "pt"},
+    )
 
 
 __all__ = [
@@ -521,9 +605,12 @@ __all__ = [
     "inference_model",
     "layout_of",
     "load",
+    "load_folder",
+    "model_from_original",
     "queue_from_original",
     "queue_to_original",
     "read_original",
+    "save_original",
     "to_original",
     "training_model",
     "training_state_to_original",
