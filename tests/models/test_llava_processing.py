@@ -8,7 +8,13 @@ import torch
 import transformers
 from transformers import AutoProcessor, CLIPVisionConfig
 
-from hf_vlp.data.conversations import ConversationCollator, make_template
+from hf_vlp.data.conversations import (
+    ChatTemplate,
+    ConversationCollator,
+    make_template,
+    prompt_batch,
+    template_names,
+)
 from hf_vlp.models.llava.anyres_llava import TileError
 from hf_vlp.models.llava.processing_llava import (
     CHAT_TEMPLATES,
@@ -85,18 +91,71 @@ def test_grids_over_the_maximum() -> None:
         LlavaNextProcessor.for_language_model(tiny.tokenizer(), config, max_tiles=1)
 
 
-@pytest.mark.parametrize("name", ["vicuna_v1"])
-def test_the_prompt_is_the_training_text_up_to_the_answer(name: str) -> None:
-    _, processor = tiny.llava(template=name)
-    conversation = [
-        QUESTION,
-        {"role": "assistant", "content": [{"type": "text", "text": "a square"}]},
-        {"role": "user", "content": [{"type": "text", "text": "how many?"}]},
-    ]
-    trained = make_template(name, processor).prompt(conversation).text
-    assert processor.apply_chat_template(conversation, add_generation_prompt=True) == trained
-    whole = make_template(name, processor).render([*conversation, conversation[1]]).text
-    assert processor.apply_chat_template([*conversation, conversation[1]]) == whole
+def said(role: str, *content: str) -> dict[str, Any]:
+    """A message; "<image>" is a picture."""
+    entries = [{"type": "image"} if one == "<image>" else {"type": "text", "text": one} for one in content]
+    return {"role": role, "content": entries}
+
+
+def places(spans: list[tuple[int, int]]) -> list[int]:
+    return [place for start, end in spans for place in range(start, end)]
+
+
+ANSWER = said("assistant", "a square")
+CONVERSATIONS = {
+    "picture behind": [QUESTION],
+    "picture in front": [said("user", "<image>", "\nwhat is this? ")],
+    "two pictures": [said("user", "<image>", "one", "<image>", " and two?")],
+    "no picture": [said("user", " what is this? ")],
+    "a picture alone": [said("user", "<image>")],
+    "turns": [QUESTION, ANSWER, said("user", "how many?"), said("assistant", "two"), said("user", "sure?")],
+    "system": [said("system", "Be short."), QUESTION, ANSWER, said("user", "<image>", "this?")],
+    "no words of the system": [said("system", ""), QUESTION],
+    "an answer without a question": [ANSWER, QUESTION],
+}
+
+
+def test_each_template_of_training_has_its_prompt() -> None:
+    others = {"chat", "cogvlm_chat", "cogvlm_vqa", "instructblip", "qwen_vl"}
+    assert set(CHAT_TEMPLATES) == set(template_names()) - others
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("name", sorted(CHAT_TEMPLATES))
+def test_the_prompt_is_the_training_text_up_to_the_answer(name: str, conversation: str) -> None:
+    processor = use_template(tiny.llava()[1], name)
+    asked = CONVERSATIONS[conversation]
+    # The template reads messages as the collator makes them, the processor those of its users.
+    template = make_template(name, processor)
+    trained = template.prompt(asked).text
+    assert processor.apply_chat_template(asked, add_generation_prompt=True) == trained
+    whole = template.render([*asked, ANSWER])
+    assert processor.apply_chat_template([*asked, ANSWER]) == whole.text
+    marked = ChatTemplate.for_processor(processor).render([*asked, ANSWER])
+    # Of two answers in a row one writes two spans, the other one.
+    assert places(marked.supervised) == places(whole.supervised)
+    in_strings = [{**one, "content": "".join(part.get("text", "<image>") for part in one["content"])} for one in asked]
+    assert processor.apply_chat_template(in_strings, add_generation_prompt=True) == trained
+
+
+@pytest.mark.parametrize("name", sorted(CHAT_TEMPLATES))
+def test_the_ids_of_the_prompt_are_those_of_training(name: str, tmp_path: Path) -> None:
+    processor = use_template(tiny.llava()[1], name)
+    processor.save_pretrained(tmp_path)
+    images = tiny.pictures((20, 13), (16, 16))
+    asked = [said("user", "<image>", "what is this?"), ANSWER, said("user", "<image>", "how many?")]
+    expected = prompt_batch(processor, make_template(name, processor), [(images, asked)])
+    native = AutoProcessor.from_pretrained(tmp_path)
+    text = native.apply_chat_template(asked, add_generation_prompt=True)
+    found = native(images=images, text=text, return_tensors="pt")
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+
+
+def test_templates_of_other_models_are_refused() -> None:
+    _, processor = tiny.llava()
+    with pytest.raises(ValueError, match=r"unknown template 'qwen_vl'; LLaVA has llama_2, .*CHAT_TEMPLATES"):
+        use_template(processor, "qwen_vl")
 
 
 def test_chat_templates() -> None:

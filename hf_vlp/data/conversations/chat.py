@@ -125,7 +125,8 @@ class ChatTemplate(Template):
     def _conversation(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         system, turns = self.turns(messages)
         written: list[dict[str, Any]] = []
-        if system:
+        # A message without words stays: it stands in for what the template says of itself.
+        if system or len(turns) < len(messages):
             content: Any = [{"type": "text", "text": system}] if self.takes_entries else system
             written.append({"role": "system", "content": content})
         for message in turns:

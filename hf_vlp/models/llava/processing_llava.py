@@ -15,60 +15,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.tokenization_utils_base import AddedToken
 
 from hf_vlp.models.llava.anyres_llava import MAX_TILES, check_grids, grids
-
-IMAGE_TOKEN = "<image>"
-
-# Brings messages whose content is a list of parts to texts, pictures first as in LLaVA's training data, for a template
-# that expects texts.
-FLATTEN = (
-    "{%- set flat = namespace(messages=[]) -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['content'] is string -%}"
-    "{%- set text = message['content'] -%}"
-    "{%- else -%}"
-    "{%- set parts = namespace(images='', text='') -%}"
-    "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}"
-    "{%- set parts.images = parts.images ~ '<image>\\n' -%}"
-    "{%- elif part['type'] == 'text' -%}"
-    "{%- set parts.text = parts.text ~ part['text'] -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- set text = parts.images ~ parts.text -%}"
-    "{%- endif -%}"
-    "{%- set flat.messages = flat.messages + [{'role': message['role'], 'content': text}] -%}"
-    "{%- endfor -%}"
-    "{%- set messages = flat.messages -%}"
-)
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-# Inference prompts by the name of the training template (`hf_vlp.data.conversations`).
-CHAT_TEMPLATES = {
-    "plain": FLATTEN + (
-        "{%- for message in messages -%}"
-        "{%- if message['role'] == 'user' -%}{{ '<image>' if '<image>' in message['content'] else '' }}"
-        "{%- elif message['role'] == 'assistant' -%}"
-        "{% generation %}{{ message['content'] ~ '\\n' }}{% endgeneration %}"
-        "{%- endif -%}"
-        "{%- endfor -%}"
-    ),
-    "vicuna_v1": FLATTEN + (
-        "{%- if messages and messages[0]['role'] == 'system' -%}"
-        "{{ messages[0]['content'] ~ ' ' }}{%- set messages = messages[1:] -%}"
-        "{%- else -%}"
-        "{{ '" + VICUNA_SYSTEM.replace("'", "\\'") + " ' }}"
-        "{%- endif -%}"
-        "{%- for message in messages -%}"
-        "{%- if message['role'] == 'user' -%}{{ 'USER: ' ~ message['content'] ~ ' ' }}"
-        "{%- else -%}{{ 'ASSISTANT: ' }}"
-        "{% generation %}{{ message['content'] ~ eos_token }}{% endgeneration %}"
-        "{%- endif -%}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
-    ),
-}  # fmt: skip
+from hf_vlp.models.llava.templates_llava import CHAT_TEMPLATES, IMAGE_TOKEN, flatten
 
 
 class ImageTokenMissingError(ValueError):
@@ -94,8 +41,8 @@ def chat_template_of(tokenizer: PreTrainedTokenizerBase, template: str | None = 
     """A chat template that takes pictures.
 
     Args:
-        template: name of a template ("vicuna_v1", "plain"), "chat" for the tokenizer's own, or a template in Jinja; by
-            default the tokenizer's own if it has one, else Vicuna's.
+        template: name in `CHAT_TEMPLATES` ("vicuna_v1", "llama_2", …), "chat" for the tokenizer's own, or a template
+            in Jinja; by default the tokenizer's own if it has one, else Vicuna's.
 
     Raises:
         ValueError: an unknown name, or "chat" for a tokenizer without a template.
@@ -110,24 +57,29 @@ def chat_template_of(tokenizer: PreTrainedTokenizerBase, template: str | None = 
                 "the tokenizer has no chat template; name one (vicuna_v1, …) or set tokenizer.chat_template"
             )
         # A template that goes through the parts of a message itself is left as it is.
-        return own if "'image'" in own or '"image"' in own else FLATTEN + own
+        return own if "'image'" in own or '"image"' in own else flatten() + own
     if template in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[template]
     if "{" in template:
         return template
-    raise ValueError(f"unknown template {template!r}; known: {[*sorted(CHAT_TEMPLATES), 'chat']}, or a Jinja template")
+    raise ValueError(
+        f"unknown template {template!r}; LLaVA has {', '.join(sorted(CHAT_TEMPLATES))}, and chat for the tokenizer's "
+        "own; for one of your own put its Jinja into hf_vlp.models.llava.templates_llava.CHAT_TEMPLATES"
+    )
 
 
 def use_template(processor: Any, template: str) -> Any:
     """Has a processor prompt as the model is trained to answer; returns the processor.
 
-    A training template without an inference form here leaves the processor's chat template as it is.
-
     Args:
         template: name of a training template (`hf_vlp.data.conversations`).
+
+    Raises:
+        ValueError: LLaVA does not know it, or it is "chat" and neither tokenizer nor processor has one.
     """
-    if template in CHAT_TEMPLATES or template == "chat":
-        processor.chat_template = chat_template_of(processor.tokenizer, template)
+    if template != "chat" or processor.tokenizer.chat_template or not processor.chat_template:
+        chosen = chat_template_of(processor.tokenizer, template)
+        processor.chat_template = chosen.replace(IMAGE_TOKEN, processor.image_token)
     return processor
 
 
