@@ -1,8 +1,10 @@
 """`hf-vlp new`: folders of every connector, ready for their first stage."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from transformers import AutoModelForImageTextToText
 
@@ -10,12 +12,13 @@ from hf_vlp.cli.errors import EXIT_FAILED, EXIT_USAGE
 from hf_vlp.cli.main import main
 from hf_vlp.models.catalog import ARCHITECTURES, load_class
 from hf_vlp.models.clip.image_processing_clip import CLIPImageProcessorPil
+from tests.tiny import cogvlm as tiny_cogvlm
 from tests.tiny import llava as tiny
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Folders of a vision tower and of a language model."""
+    """Folders of a vision tower and of a language model, whose settings of generation are Vicuna 1.5's."""
     folder = tmp_path_factory.mktemp("parts")
     tiny.vision_tower().save_pretrained(folder / "vision")
     CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(
@@ -24,6 +27,10 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     words = tiny.tokenizer()
     tiny.language_model(len(words)).save_pretrained(folder / "language")
     words.save_pretrained(folder / "language")
+    settings = folder / "language" / "generation_config.json"
+    # A temperature without sampling, which transformers would refuse to save anew.
+    published = {"temperature": 0.9, "top_p": 0.6, "max_length": 4096}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **published}))
     return str(folder / "vision"), str(folder / "language")
 
 
@@ -75,6 +82,21 @@ def test_a_visual_expert_needs_the_tower_of_a_cogvlm(
 ) -> None:
     assert new(parts, "visual-expert", tmp_path / "out") == EXIT_USAGE
     assert "tower of a CogVLM folder" in capsys.readouterr().err
+
+
+def test_a_visual_expert(parts: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = tiny_cogvlm.model(2, seed=3)
+    seen.save_pretrained(tmp_path / "seen")
+    assert new((str(tmp_path / "seen"), parts[1]), "visual-expert", tmp_path / "out") == 0
+    assert "cogvlm --model_name_or_path" in capsys.readouterr().out
+    model = load_class(tmp_path / "out", "model").from_pretrained(tmp_path / "out")
+    for name, value in seen.vision_model.state_dict().items():
+        assert torch.equal(model.vision_model.state_dict()[name], value), name
+    words = transformers.AutoModelForCausalLM.from_pretrained(parts[1]).state_dict()
+    for name, value in words.items():
+        assert torch.equal(model.language_model.state_dict()[name], value), name
+    processor = load_class(tmp_path / "out", "processor").from_pretrained(tmp_path / "out")
+    assert model.config.image_token_id == processor.image_token_id
 
 
 def test_connectors_that_are_not_there(

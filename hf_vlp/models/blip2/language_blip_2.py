@@ -1,5 +1,4 @@
-"""The language model behind the Q-Former: loading any of them, its logits at supervised positions, its label "
-"checks."""
+"""The language model behind the Q-Former: loading any, logits at supervised positions, checks of its labels."""
 
 import inspect
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_vlp.models.blip2.processing_blip_2 import Blip2Processor
+from hf_vlp.models.generation_settings import drop_idle_settings
 
 
 class LabelError(ValueError):
@@ -53,6 +53,7 @@ def prepare_language_model(language_model: PreTrainedModel, processor: Blip2Proc
             f"{text_config.hidden_size} (opt-350m is such a model); transformers' BLIP-2 needs both alike: use "
             "another language model"
         )
+    drop_idle_settings(language_model.generation_config)
     for config in (text_config, language_model.generation_config):
         config.eos_token_id = processor.stop_token_id
         if config.pad_token_id is None:
@@ -65,8 +66,7 @@ def prepare_language_model(language_model: PreTrainedModel, processor: Blip2Proc
 
 @torch.no_grad()
 def _make_room(language_model: PreTrainedModel, size: int) -> None:
-    """Enlarges the vocabulary; the new rows are the mean of the old ones, so that a new token is never the "
-    "likeliest."""
+    """Enlarges the vocabulary. New rows are the mean of the old ones, so that a new token is never the likeliest."""
     old = language_model.get_input_embeddings().num_embeddings
     language_model.resize_token_embeddings(size, mean_resizing=False)
     for module in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):

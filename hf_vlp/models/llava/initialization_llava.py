@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers import initialization as init
 
+from hf_vlp.models.generation_settings import drop_idle_settings
 from hf_vlp.models.llava.anyres_llava import check_grids
 from hf_vlp.models.llava.processing_llava import (
     LlavaNextProcessor,
@@ -212,6 +213,7 @@ def model_from_parts(
         newline = torch.randn(text_config.hidden_size) / text_config.hidden_size**0.5
         model.model.image_newline = nn.Parameter(newline.to(dtype))
     model.generation_config = copy.deepcopy(language_model.generation_config)
+    drop_idle_settings(model.generation_config)
     if added:
         suppressed = model.generation_config.suppress_tokens or []
         model.generation_config.suppress_tokens = sorted({*suppressed, *range(words, image_token + 1)})

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
+from hf_vlp.models.generation_settings import drop_idle_settings
+
 from .configuration_qwen_vl import QwenVLConfig, QwenVLVisionConfig
 from .modeling_qwen_vl import QwenVLForConditionalGeneration
 from .modeling_qwen_vl_visual import resize_grid, sine_table
@@ -130,6 +132,7 @@ def from_vision_language_pretrained(
     if state:
         model.vision_model.load_state_dict(state)
     model.generation_config = copy.deepcopy(language_model.generation_config)
+    drop_idle_settings(model.generation_config)
     model.generation_config.eos_token_id = processor.stop_token_ids
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
