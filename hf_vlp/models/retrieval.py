@@ -10,6 +10,8 @@ from torch import Tensor
 class ImageEmbeds:
     """Images, encoded once, for any number of comparisons with texts.
 
+    Files that travel with checkpoints cannot import this one and carry a class of the same behaviour.
+
     Attributes:
         itc: (I, D), or (I, Q, D) where an image has several features; normalised.
         states: per-image state that matching needs (for BLIP-2 the image features, (I, tokens, hidden)); `None` where
@@ -20,7 +22,7 @@ class ImageEmbeds:
     states: Tensor | None = None
 
     def __len__(self) -> int:
-        return self.itc.shape[0]
+        return len(self.itc)
 
     def __getitem__(self, index: Tensor | slice) -> "ImageEmbeds":
         """The images `index`, a slice or a tensor of indices."""

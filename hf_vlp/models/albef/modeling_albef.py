@@ -58,7 +58,7 @@ class AlbefImageTextOutput(ModelOutput):
     itm_logits: Tensor | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class ImageEmbeds:
     """What retrieval keeps of I images.
 
@@ -69,6 +69,12 @@ class ImageEmbeds:
 
     itc: Tensor
     states: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.itc)
+
+    def __getitem__(self, index: Tensor | slice) -> "ImageEmbeds":
+        return ImageEmbeds(self.itc[index], None if self.states is None else self.states[index])
 
 
 class AlbefPreTrainedModel(PreTrainedModel):

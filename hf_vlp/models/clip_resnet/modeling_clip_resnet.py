@@ -41,7 +41,12 @@ class CLIPResNetOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class ImageEmbeds:
-    """Images ready for comparison: `itc` holds unit vectors `(images, dim)`; a dual encoder has no `states`."""
+    """Images ready for comparison.
+
+    Attributes:
+        itc: unit vectors `(images, dim)`.
+        states: what matching needs of each image; a dual encoder has none.
+    """
 
     itc: Tensor
     states: Tensor | None = None
@@ -50,7 +55,7 @@ class ImageEmbeds:
         return len(self.itc)
 
     def __getitem__(self, index: Tensor | slice) -> "ImageEmbeds":
-        return ImageEmbeds(self.itc[index])
+        return ImageEmbeds(self.itc[index], None if self.states is None else self.states[index])
 
 
 def trim_texts(input_ids: Tensor, attention_mask: Tensor | None, eos_token_id: int) -> tuple[Tensor, Tensor | None]:
