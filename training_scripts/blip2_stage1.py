@@ -20,12 +20,28 @@ from hf_vlp.data import ImageTextCollator
 from hf_vlp.models.blip2.pretraining_blip_2 import Blip2ForPreTraining
 from hf_vlp.models.blip2.processing_blip_2 import Blip2Processor
 from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, apply_stage, parse_arguments
-from hf_vlp.training.arguments import option, run_settings
+from hf_vlp.training.arguments import option, run_settings, say_unused
 from hf_vlp.training.data import main_process_first, pair_dataset, texts_of_rows
 from hf_vlp.training.evaluators import RetrievalEvaluator
 from hf_vlp.training.feature_cache import use_cache
 from hf_vlp.training.launch import say
 from hf_vlp.training.presets import SIZES, new_bert_tokenizer, qformer_config
+
+# What a stage-1 folder to go on from brings along.
+FROM_SCRATCH = (
+    "vision_model",
+    "drop_last_layers",
+    "image_size",
+    "qformer",
+    "qformer_size",
+    "qformer_layers",
+    "qformer_dropout",
+    "tokenizer",
+    "vocab_size",
+    "num_query_tokens",
+    "cross_attention_frequency",
+    "image_text_hidden_size",
+)
 
 
 @dataclass
@@ -67,6 +83,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # 2. Processor and model
     if model_args.model_name_or_path:
+        say_unused(model_args, FROM_SCRATCH, "--model_name_or_path brings its own")
         processor = Blip2Processor.from_pretrained(model_args.model_name_or_path)
         model = Blip2ForPreTraining.from_pretrained(model_args.model_name_or_path, gather_keys=model_args.gather_keys)
     else:
@@ -109,7 +126,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         evaluation,
         processing_class=processor,
         evaluator=RetrievalEvaluator(
-            processor, eval_rows, args.per_device_eval_batch_size, rerank=model_args.rerank or None
+            processor,
+            eval_rows,
+            args.per_device_eval_batch_size,
+            rerank=model_args.rerank or None,
+            max_length=data.max_length,
         )
         if eval_rows is not None
         else None,

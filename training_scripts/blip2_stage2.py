@@ -18,10 +18,11 @@ from typing import ClassVar
 from transformers import AutoTokenizer, set_seed
 
 from hf_vlp.data import CaptioningCollator
-from hf_vlp.models.blip2.modeling_blip_2 import Blip2ForConditionalGeneration
+from hf_vlp.models.blip2.modeling_blip_2 import Blip2ForConditionalGeneration, stage1_model
 from hf_vlp.models.blip2.processing_blip_2 import Blip2Processor
+from hf_vlp.models.catalog import load_class
 from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, apply_stage, parse_arguments
-from hf_vlp.training.arguments import option, run_settings
+from hf_vlp.training.arguments import option, run_settings, say_unused
 from hf_vlp.training.data import main_process_first, pair_dataset
 from hf_vlp.training.evaluators import CaptioningEvaluator
 from hf_vlp.training.feature_cache import use_cache
@@ -57,19 +58,20 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # 2. Processor and model
     if model_args.model_name_or_path:
+        say_unused(model_args, ("stage1", "language_model"), "--model_name_or_path brings its own")
         processor = Blip2Processor.from_pretrained(model_args.model_name_or_path)
-        model = Blip2ForConditionalGeneration.from_pretrained(
+        model = load_class(model_args.model_name_or_path, "captioning").from_pretrained(
             model_args.model_name_or_path, **({"dtype": "float32"} | language_model_options(lora))
         )
     else:
-        stage1 = Blip2Processor.from_pretrained(model_args.stage1)
-        tokenizer = AutoTokenizer.from_pretrained(model_args.language_model)
-        stage1_queries = Blip2ForConditionalGeneration.config_class.from_pretrained(model_args.stage1).num_query_tokens
+        stage1 = stage1_model(model_args.stage1)
         processor = Blip2Processor.for_language_model(
-            tokenizer, stage1_queries, image_processor=stage1.image_processor
+            AutoTokenizer.from_pretrained(model_args.language_model),
+            stage1.config.num_query_tokens,
+            image_processor=Blip2Processor.from_pretrained(model_args.stage1).image_processor,
         )
         model = Blip2ForConditionalGeneration.from_stage1(
-            model_args.stage1, model_args.language_model, processor, **language_model_options(lora)
+            stage1, model_args.language_model, processor, **language_model_options(lora)
         )
     say(apply_stage(model, args.stage or "stage2"))
     adapted = add_lora(model, lora)

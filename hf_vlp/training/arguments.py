@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import difflib
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
@@ -11,7 +13,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
-from hf_vlp.training.launch import start_missing_processes
+from hf_vlp.training.launch import say, start_missing_processes
 
 T = TypeVar("T")
 
@@ -61,6 +63,20 @@ def run_settings(arguments: Any) -> dict[str, Any]:
         for entry in dataclasses.fields(arguments)
         if entry.init and entry.name not in left_out
     }
+
+
+def say_unused(arguments: Any, names: Iterable[str], reason: str) -> None:
+    """Says on the terminal which of the named arguments were given but are not looked at.
+
+    Args:
+        arguments: a dataclass of arguments.
+        names: of its fields.
+        reason: why they are not.
+    """
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(arguments)}
+    given = [f"--{name}" for name in names if getattr(arguments, name) != defaults[name]]
+    if given:
+        say(f"not used: {', '.join(given)} ({reason})")
 
 
 @dataclass
@@ -177,10 +193,20 @@ def parse_arguments(
             # What the file gives is no longer required.
             action.required = action.required and action.default in (None, argparse.SUPPRESS)
     try:
-        *parsed, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        *parsed, _, unknown = parser.parse_args_into_dataclasses(
+            argv, look_for_args_file=False, return_remaining_strings=True
+        )
     except ValueError as error:
         parser.error(str(error))
+    if unknown:
+        known = [action.dest for action in parser._actions]
+        parser.error(f"there is no argument {unknown[0]!r}{_did_you_mean(unknown[0].lstrip('-'), known, '--')}")
     return tuple(parsed)
+
+
+def _did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name.partition("=")[0].replace("-", "_"), known, n=3)
+    return f"; did you mean {' or '.join(prefix + one for one in near)}?" if near else ""
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -237,12 +263,7 @@ def _read_config(parser: HfArgumentParser, path: Path) -> dict[str, Any]:
     actions = {action.dest: action for action in parser._actions}
     unknown = sorted(set(values) - set(actions))
     if unknown:
-        import difflib
-
-        near = difflib.get_close_matches(unknown[0], actions, n=3)
-        parser.error(
-            f"--config {path}: no argument is called {unknown[0]!r}" + (f"; did you mean {near}?" if near else "")
-        )
+        parser.error(f"--config {path}: no argument is called {unknown[0]!r}{_did_you_mean(str(unknown[0]), actions)}")
     return {name: _typed(parser, path, actions[name], value) for name, value in values.items()}
 
 

@@ -177,6 +177,43 @@ def new_clip_processor(
     return CLIPProcessor.for_image_size(tokenizer, image_size)
 
 
+def clip_from_towers(
+    vision: str,
+    text: str | None = None,
+    *,
+    size: str,
+    tokenizer: str | None = None,
+    texts: Iterable[str] = (),
+    vocab_size: int = 8192,
+    context_length: int = 77,
+) -> tuple[Any, Any]:
+    """A CLIP on a trained image tower, as in LiT (2111.07991), and its processor, whose images are the tower's.
+
+    Args:
+        vision: folder or Hub id with a CLIP image tower.
+        text: folder or Hub id with a CLIP text tower; left out, one of `size` is drawn.
+        size: one of `SIZES`, of a new text tower.
+        tokenizer: folder or Hub id; by default that of `text`, or one trained on `texts`.
+        texts: training text of the tokenizer.
+        vocab_size: of a trained tokenizer, at most.
+        context_length: longest text of a trained tokenizer, in tokens.
+
+    Raises:
+        ValueError: an unknown size, or a tokenizer without the special tokens that a text tower needs.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    from hf_vlp.models.clip.modeling_clip import CLIPModel
+    from hf_vlp.models.clip.processing_clip import CLIPProcessor
+    from hf_vlp.models.clip.tokenization_clip import train_clip_tokenizer
+
+    named = tokenizer or text
+    words = AutoTokenizer.from_pretrained(named) if named else train_clip_tokenizer(texts, vocab_size, context_length)
+    text_config = None if text else clip_family_config("clip", size, words).text_config
+    model = CLIPModel.from_vision_text_pretrained(vision, text, text_config=text_config)
+    return model, CLIPProcessor(AutoImageProcessor.from_pretrained(vision), words)
+
+
 def new_bert_tokenizer(texts: Iterable[str], vocab_size: int = 8192, max_length: int = 64) -> Any:
     """A WordPiece tokenizer for the Q-Former's texts, trained on `texts`."""
     from hf_vlp.data.tokenizers import train_bert_tokenizer

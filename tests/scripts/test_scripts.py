@@ -14,9 +14,21 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from transformers import AutoProcessor, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, CLIPModel
+from transformers import (
+    AutoProcessor,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+)
 
+import hf_vlp
+from hf_vlp.training.presets import qformer_config
 from tests.scripts.running import COMMON, FOLDER, script
+from tests.tiny import clip as tiny_clip
+from tests.tiny.blip2 import QUERIES, generation_processor, llama_config
 
 TRAINING = ("clip", "blip2_stage1", "blip2_stage2", "language_model")
 # Every script, those of other tests as well.
@@ -75,12 +87,13 @@ def test_what_the_stages_export_is_native(chain):
     assert tokens.shape[0] == 1
 
 
-def test_stages_go_on_from_their_own_folders(chain, tmp_path):
+def test_stages_go_on_from_their_own_folders(chain, tmp_path, capsys):
     folder, _ = chain
     for name in ("clip", "blip2_stage1"):
         model = str(folder / name / "model")
-        options = ["--model_name_or_path", model, "--eval_split", "none", "--max_steps", "1"]
+        options = ["--model_name_or_path", model, "--eval_split", "none", "--max_steps", "1", "--vocab_size", "700"]
         assert script(name).main([*COMMON, *options, "--output_dir", str(tmp_path / name)]) == {}
+        assert "not used: --vocab_size (" in capsys.readouterr().out
     other = ["--model_name_or_path", str(folder / "blip2_stage2" / "model"), "--eval_split", "none"]
     script("blip2_stage2").main([*COMMON, *other, "--output_dir", str(tmp_path / "stage2")])
 
@@ -137,6 +150,41 @@ def test_every_kind_of_dual_encoder_trains_from_scratch(tmp_path, model_type):
     assert np.isfinite(metrics["eval_loss_itc"])
     if model_type == "clip":
         CLIPModel.from_pretrained(tmp_path / "model")
+
+
+def test_a_new_text_tower_learns_to_read_a_locked_image_tower(tmp_path):
+    torch.manual_seed(0)
+    start = CLIPModel(tiny_clip.clip_config())
+    start.save_pretrained(tmp_path / "start")
+    tiny_clip.processor().save_pretrained(tmp_path / "start")
+    options = ["--vision_model", str(tmp_path / "start"), "--stage", "locked_image", "--size", "nano"]
+    options += ["--vocab_size", "600", "--eval_split", "none", "--learning_rate", "0.1"]
+    script("clip").main([*COMMON, *options, "--output_dir", str(tmp_path / "out")])
+    trained = CLIPModel.from_pretrained(tmp_path / "out" / "model")
+    for name, value in start.vision_model.state_dict().items():
+        assert torch.equal(trained.vision_model.state_dict()[name], value), name
+    assert trained.config.text_config.hidden_size == 128
+    size = AutoProcessor.from_pretrained(tmp_path / "out" / "model").image_processor.crop_size
+    assert (size["height"], size["width"]) == (tiny_clip.IMAGE_SIZE,) * 2
+
+
+def test_stage_2_on_any_vision_model_goes_on(tmp_path):
+    torch.manual_seed(0)
+    processor = generation_processor("llama")
+    model = hf_vlp.Blip2ForConditionalGeneration.from_vision_qformer_language_pretrained(
+        CLIPVisionModel(CLIPVisionConfig(**{**tiny_clip.vision_config(), "image_size": 16, "patch_size": 8})),
+        qformer_config("nano", 64, layers=1),
+        LlamaForCausalLM(llama_config()),
+        processor,
+        num_query_tokens=QUERIES,
+    )
+    model.save_pretrained(tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    options = ["--model_name_or_path", str(tmp_path / "start"), "--eval_split", "none", "--save_strategy", "no"]
+    script("blip2_stage2").main([*COMMON, *options, "--output_dir", str(tmp_path / "out")])
+    config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    assert config["model_type"] == "blip2_any_vision"
+    assert config["vision_config"]["model_type"] == "clip_vision_model"
 
 
 def test_own_data_from_a_parquet_folder(tmp_path):
@@ -228,6 +276,8 @@ def test_launcher_configs_are_read_by_accelerate(path):
 @pytest.mark.parametrize(
     ("name", "argv", "message"),
     [
+        ("clip", ["--stage", "locked_image"], "--vision_model is missing"),
+        ("clip", ["--text_model", "somewhere"], "--vision_model is missing"),
         ("blip2_stage1", [], "--vision_model is missing"),
         ("blip2_stage2", ["--stage1", "somewhere"], "--stage1 and --language_model are missing"),
         ("evaluate", [], "--model is missing"),

@@ -4,7 +4,7 @@ from typing import ClassVar
 import pytest
 
 from hf_vlp.training import DataArguments, VLPTrainingArguments, parse_arguments
-from hf_vlp.training.arguments import run_settings
+from hf_vlp.training.arguments import run_settings, say_unused
 from hf_vlp.training.data import parse_columns
 
 
@@ -125,3 +125,27 @@ def test_columns():
     assert parse_columns([]) is None
     with pytest.raises(ValueError, match="--columns takes OURS=THEIRS"):
         parse_columns(["caption"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learning-rat", "1"], "there is no argument '--learning-rat'; did you mean --learning_rate"),
+        (["--widht=3"], "there is no argument '--widht=3'; did you mean --width"),
+        (["--zzz", "1"], "there is no argument '--zzz'\n"),
+        (["--width", "3", "stray"], "there is no argument 'stray'"),
+    ],
+)
+def test_unknown_arguments_are_named(capsys, argv, message):
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_arguments_that_are_not_looked_at_are_said(capsys):
+    names = ("width", "kind", "name")
+    say_unused(ModelArguments(), names, "the folder brings its own")
+    assert capsys.readouterr().out == ""
+    say_unused(ModelArguments(width=9, name="b", parts=["x"]), names, "the folder brings its own")
+    assert capsys.readouterr().out == "not used: --width, --name (the folder brings its own)\n"
