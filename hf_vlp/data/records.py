@@ -119,7 +119,7 @@ class RecordReport:
         seen: records looked at, good and bad.
         bad: number of bad records by reason.
         examples: some of the bad records of each reason, by name.
-        origin: process in which the records were counted; `BatchAccount` uses it to count nothing twice.
+        origin: process in which the records were counted; `RecordCollator.collect` uses it to count nothing twice.
     """
 
     seen: int = 0

@@ -1,5 +1,4 @@
-"""Momentum twins: slowly following copies of trained modules (MoCo, arXiv 1911.05722, equation 2; ALBEF, "
-"2107.07651)."""
+"""Momentum twins: slowly following copies of trained modules (MoCo, 1911.05722, equation 2; ALBEF, 2107.07651)."""
 
 import copy
 

@@ -245,7 +245,7 @@ def language_model_options(arguments: LoraArguments) -> dict[str, Any]:
 
     Raises:
         ImportError: 4 or 8 bits without bitsandbytes.
-        ValueError: another number of bits, or quantized weights without adapters to train.
+        ValueError: another number of bits.
     """
     bits = arguments.language_model_bits
     if bits in (16, 32):

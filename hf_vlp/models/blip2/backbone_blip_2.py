@@ -100,8 +100,7 @@ class Blip2BackboneMixin:
 
         Args:
             pretrained_model_name_or_path: folder or Hub id; also a local folder with a native `config.json` and
-                weights
-                under LAVIS' names, as its authors saved them.
+                weights under LAVIS' names, as its authors saved them.
             allow_missing: initialise missing weights at random, as transformers does.
 
         Raises:

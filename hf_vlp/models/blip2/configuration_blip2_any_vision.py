@@ -15,12 +15,10 @@ class Blip2AnyVisionConfig(Blip2Config):
 
     Args:
         vision_config (`PreTrainedConfig` or `dict`, *optional*): of the tower, as deep as it is used: BLIP-2 leaves
-        out
-            the last block of a CLIP tower, so `num_hidden_layers` is one less than the published one.
+            out the last block of a CLIP tower, so `num_hidden_layers` is one less than the published one.
         vision_output (`str`, defaults to `"last_layer"`): `"last_layer"` takes what the last block gives, before any
-        final
-            norm of the tower, class token included; `"last_hidden_state"` takes the tower's own output, for towers
-            that are no plain stack of blocks (Swin).
+            final norm of the tower, class token included; `"last_hidden_state"` takes the tower's own output, for
+            towers that are no plain stack of blocks (Swin).
         vision_layer_norm_eps (`float`, defaults to 1e-5): of the trained LayerNorm behind the frozen tower.
     """
 

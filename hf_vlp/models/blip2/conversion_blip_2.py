@@ -1,8 +1,7 @@
 """BLIP-2 checkpoints of LAVIS, to the native format and back.
 
 LAVIS writes one state dict for everything (`visual_encoder.`, `Qformer.`, `opt_model.` …), often without the parts
-that it
-froze: those are taken from their own files.
+that it froze: those are taken from their own files.
 """
 
 import re

@@ -33,8 +33,8 @@ class SoftPromptMixin:
 
     def frozen_parts(self) -> dict[str, nn.Module]:
         """As for the tower, and the language model while none of its weights (or adapters) train."""
-        # Differs from the original: LAVIS leaves the frozen language model in training mode, so that its dropout is
-        # on.
+        # Differs from the original: LAVIS leaves the frozen language model in training mode, so that its
+        # dropout is on.
         parts = super().frozen_parts()
         if not trains(self.language_model):
             parts["language_model"] = self.language_model
@@ -72,8 +72,7 @@ class SoftPromptMixin:
 
         Raises:
             ImageTokenError: a row does not have exactly `num_query_tokens` image tokens, so that (part of) the image
-                would
-                not be seen.
+                would not be seen.
         """
         token = self.config.image_token_id
         expected = expected or self.config.num_query_tokens

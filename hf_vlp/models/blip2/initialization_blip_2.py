@@ -86,8 +86,7 @@ def load_vision_tower(
 
     Args:
         source: folder or Hub id of a BLIP-2, EVA-CLIP, CLIP or any vision model of transformers; such a model; or a
-            vision
-            config for a tower from scratch.
+            vision config for a tower from scratch.
         drop_last_layers: how many of the last blocks to leave out. By default one for EVA-CLIP and CLIP, and none
             otherwise (a BLIP-2's tower is cut already) or for a config.
 
@@ -144,8 +143,7 @@ def _of_depth(config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
 
 
 def is_hierarchical(config: PreTrainedConfig) -> bool:
-    """Whether a vision model works in stages of growing width (Swin, PVT), where only its final output is "
-    "meaningful."""
+    """Whether a vision model works in stages of growing width (Swin, PVT): only its final output is meaningful."""
     return any(hasattr(config, name) for name in ("depths", "hidden_sizes", "embed_dims"))
 
 
@@ -250,8 +248,11 @@ def start_from_vision_and_qformer(
     image_size: int | None = None,
     drop_last_layers: int | None = None,
 ) -> Start:
-    """The retrieval model of stage 1 before its first step; see "
-    "`Blip2ForPreTraining.from_vision_qformer_pretrained`."""
+    """The retrieval model of stage 1 before its first step.
+
+    Args: as of `Blip2ForPreTraining.from_vision_qformer_pretrained`; `vocab_size` is the number of word embeddings, by
+        default one more than BERT's, for [DEC].
+    """
     vision_config, tower = load_vision_tower(vision, drop_last_layers)
     if image_size is not None:
         resize_tower(vision_config, tower, image_size)

@@ -190,11 +190,9 @@ class Blip2Processor(LanguageModelTokensMixin, transformers.Blip2Processor):
         Args:
             images: one image or a list of images.
             text: one text or a list of texts. In the form for stage 2 images alone are given an empty text, so that
-                the
-                result has the image tokens and is all that `generate` needs.
+                the result has the image tokens and is all that `generate` needs.
             kwargs: as for transformers' processors (`return_tensors`, `padding`, `truncation`, `max_length`, ...).
-                Several
-                texts are padded if tensors are asked for.
+                Several texts are padded if tensors are asked for.
         """
         if images is not None and text is None and self.num_query_tokens is not None:
             count = len(images) if isinstance(images, list | tuple) else 1
@@ -234,8 +232,7 @@ class Blip2Processor(LanguageModelTokensMixin, transformers.Blip2Processor):
             texts: B captions, without the prompt.
             prompt: what the model is given before the caption, one for all or one an image; not learnt.
             max_length: longest text in tokens, prompt and stop token included, image tokens not. A longer caption is
-                cut
-                and so loses its stop token (as in LAVIS), which is logged.
+                cut and so loses its stop token (as in LAVIS), which is logged.
 
         Returns:
             `pixel_values` (B, 3, H, W), `input_ids` (B, L) image tokens first, `attention_mask` (B, L) and `labels`,

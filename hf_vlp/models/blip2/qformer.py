@@ -289,8 +289,7 @@ def _run(
     keep: Keep = "all",
     with_cache: bool = False,
 ) -> tuple[Tensor, tuple[KeyValue, ...]]:
-    """All layers; returns the last layer's kept rows and, if asked for, each layer's self-attention keys and "
-    "values."""
+    """All layers: the last one's kept rows and, if asked for, each one's self-attention keys and values."""
     layernorm, dropout = entrance(qformer)
     hidden = dropout(layernorm(hidden.to(layernorm.weight.dtype)))
     cache = []
