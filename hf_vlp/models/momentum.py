@@ -1,7 +1,8 @@
 """What training with a momentum twin and a queue is in ALBEF (arXiv 2107.07651) and BLIP (2201.12086) alike."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,69 @@ from hf_vlp.objectives.distillation import distilled_targets
 from hf_vlp.objectives.distributed import batch_sizes, gather, offset_of, world
 from hf_vlp.objectives.matching import HardNegatives, NoNegativesError, hard_negatives
 from hf_vlp.objectives.precision import full_precision, without_autocast
+
+# Bounds of the temperature (the originals clamp it at the start of a step).
+TEMPERATURE_RANGE = (0.001, 0.5)
+
+
+@dataclass
+class TwinSettings:
+    """How a momentum twin follows and is listened to.
+
+    Attributes:
+        momentum: share of itself that the twin keeps in a step.
+        alpha: weight of the twin's opinion in the targets once warmed up.
+        alpha_warmup_steps: training steps over which `alpha` grows linearly from 0.
+        distill: whether the twin's opinion enters the targets at all.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    momentum: float = 0.995
+    alpha: float = 0.4
+    alpha_warmup_steps: int = 0
+    distill: bool = True
+    # Fields that are shares.
+    _shares: ClassVar[tuple[str, ...]] = ("momentum", "alpha")
+
+    def __post_init__(self) -> None:
+        for name in self._shares:
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must lie in [0, 1], but is {getattr(self, name)}")
+
+    def alpha_at(self, step: int) -> float:
+        """Weight of the twin's opinion after `step` steps: 0 at first, `alpha` after the warm-up."""
+        if not self.distill:
+            return 0.0
+        return self.alpha * (min(1.0, step / self.alpha_warmup_steps) if self.alpha_warmup_steps else 1.0)
+
+
+@dataclass
+class ContrastSettings(TwinSettings):
+    """How contrast and matching are computed beside a twin.
+
+    Attributes:
+        momentum, alpha, alpha_warmup_steps, distill: see `TwinSettings`.
+        queue_size: pairs in the queue of momentum features.
+        across_ranks: `"joined"`: keys and negatives are those of all ranks, and loss and gradient those of one
+            process with the joined batch. `"local"`: each rank contrasts and matches within its own batch, as the
+            originals do; the queue is shared in both.
+        negatives: `"hard"`: negatives of matching are drawn by similarity; `"random"`: all alike.
+        objectives: which terms make up the loss, out of those that the class has.
+    """
+
+    queue_size: int = 65536
+    across_ranks: Literal["joined", "local"] = "joined"
+    negatives: Literal["hard", "random"] = "hard"
+    objectives: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.objectives = tuple(self.objectives)
+        for name, known in (("negatives", ("hard", "random")), ("across_ranks", ("joined", "local"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {known[0]!r} or {known[1]!r}, not {getattr(self, name)!r}")
 
 
 class Contrast(NamedTuple):
@@ -42,20 +106,39 @@ class MomentumContrastMixin:
     """Contrast with momentum keys, hard negatives and the schedule of distillation.
 
     Attributes:
-        settings: has `momentum`, `alpha`, `alpha_warmup_steps`, `distill`, `across_ranks`, `negatives`, `objectives`.
+        settings: see `ContrastSettings`.
         momentum: the twin.
         queue: of the twin's features.
         steps: training steps made.
     """
 
-    settings: Any
+    settings: ContrastSettings
     momentum: nn.Module
     queue: FeatureQueue
     steps: Tensor
+    # The terms of the loss that the class has.
+    terms: ClassVar[tuple[str, ...]] = ("itc", "itm")
+    # What keyword arguments of the constructors may set.
+    settings_class: ClassVar[type[ContrastSettings]] = ContrastSettings
     # Whether the queue keeps image ids.
     _with_ids: ClassVar[bool] = False
     # Added to the weights that negatives are drawn with.
     _negative_epsilon: ClassVar[float] = 0.0
+
+    @classmethod
+    def chosen_settings(cls, config: Any, given: Mapping[str, Any]) -> ContrastSettings:
+        """Settings from the `pretraining` entry of a config, and those that were given, which come first.
+
+        Raises:
+            ValueError: a value out of range, or objectives that the class does not have.
+        """
+        stored = getattr(config, "pretraining", None) or {}
+        stored = {name: value for name, value in stored.items() if name in cls.settings_class.__dataclass_fields__}
+        chosen = cls.settings_class(**{"objectives": cls.terms, **stored, **given})
+        if not chosen.objectives or set(chosen.objectives) - set(cls.terms):
+            named = ", ".join(map(repr, cls.terms))
+            raise ValueError(f"objectives of {cls.__name__} must be some of {named}, not {chosen.objectives}")
+        return chosen
 
     @property
     def temperature_parameter(self) -> Tensor:
@@ -71,12 +154,13 @@ class MomentumContrastMixin:
         update_twin(self.momentum, self._followed(), 0.0)
 
     def current_alpha(self) -> float:
-        """Weight of the twin's opinion at this step: 0 at the first one, `alpha` after the warm-up."""
-        if not self.settings.distill:
-            return 0.0
-        warmup = self.settings.alpha_warmup_steps
-        share = 1.0 if not warmup else min(1.0, int(self.steps) / warmup)
-        return self.settings.alpha * share
+        """Weight of the twin's opinion at this step."""
+        return self.settings.alpha_at(int(self.steps))
+
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """Brings the temperature back into its range, in place."""
+        self.temperature_parameter.clamp_(*TEMPERATURE_RANGE)
 
     def joined(self) -> bool:
         """Whether keys and negatives come from several ranks."""
@@ -149,18 +233,47 @@ class MomentumContrastMixin:
         The weights are the softmax over this step's keys (online queries, momentum keys) with true pairs set to 0;
         of random negatives, equal ones.
         """
-        ids = None
-        similarities = itc.logits_per_image, itc.logits_per_text
+        return self.drawn_by(
+            (itc.logits_per_image, itc.logits_per_text),
+            image_ids,
+            generator,
+            given,
+            offset=itc.offset if self.joined() else 0,
+            gathered=self.joined(),
+        )
+
+    def drawn_by(
+        self,
+        similarities: tuple[Tensor, Tensor],
+        image_ids: Tensor | None,
+        generator: torch.Generator | None,
+        given: tuple[Tensor, Tensor] | None,
+        *,
+        offset: int,
+        gathered: bool,
+    ) -> HardNegatives | None:
+        """Negatives drawn by the softmax of similarities with true pairs set to 0; random ones by equal weights.
+
+        Args:
+            similarities: (B, G) of own images with texts, and of own texts with images, over the temperature.
+            image_ids: (B,) pairs of one id are never each other's negatives.
+            generator: source of the draws.
+            given: (negative images, negative texts) instead of drawn ones.
+            offset: column of the first own pair.
+            gathered: whether the columns are those of all ranks.
+
+        Returns:
+            None where nothing can be mismatched.
+        """
         if self.settings.negatives == "random":
-            similarities = tuple(torch.zeros_like(logits) for logits in similarities)
-        if image_ids is not None and self.joined():
-            ids = gather(image_ids)
+            similarities = torch.zeros_like(similarities[0]), torch.zeros_like(similarities[1])
+        ids = gather(image_ids) if gathered and image_ids is not None else image_ids
         try:
             return hard_negatives(
                 *similarities,
-                offset=itc.offset if self.joined() else 0,
+                offset=offset,
                 image_ids=image_ids,
-                gathered_ids=ids if self.joined() else image_ids,
+                gathered_ids=ids,
                 generator=generator,
                 epsilon=self._negative_epsilon,
                 softmax_over_positives=True,
@@ -182,4 +295,4 @@ class MomentumContrastMixin:
         return {name: level for name, level in levels.items() if name[5:] in self.settings.objectives}
 
 
-__all__ = ["Contrast", "MomentumContrastMixin"]
+__all__ = ["TEMPERATURE_RANGE", "Contrast", "ContrastSettings", "MomentumContrastMixin", "TwinSettings"]

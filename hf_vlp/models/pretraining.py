@@ -10,11 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 EXTRAS_FILE = "pretraining_extras.safetensors"
+# Arguments of `from_pretrained` that say where a file of the Hub is found.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class PreTrainingMixin:
@@ -62,6 +65,28 @@ class PreTrainingMixin:
         extras = {name: value.detach().cpu().contiguous().clone() for name, value in self.pretraining_extras().items()}
         if extras:
             save_file(extras, Path(folder) / EXTRAS_FILE, metadata={"format": "pt", "class": type(self).__name__})
+
+
+def hub_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s keyword arguments that say where a file is found, for its config and side file."""
+    return {name: arguments[name] for name in _HUB_ARGUMENTS if name in arguments}
+
+
+def read_extras(name_or_path: str | Path, **where: Any) -> dict[str, Tensor]:
+    """What `export` wrote beside an inference model, by name; empty where there is no such file.
+
+    Args:
+        name_or_path: folder or Hub id.
+        where: see `hub_arguments`.
+    """
+    path = cached_file(
+        str(name_or_path),
+        EXTRAS_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **where,
+    )
+    return {} if path is None else load_file(path)
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTModel
 
-from hf_vlp.models.albef.finetuning_albef import AlbefForRetrievalFineTuning
+from hf_vlp.models.albef.finetuning_albef import AlbefForQuestionAnsweringFineTuning, AlbefForRetrievalFineTuning
 from hf_vlp.models.albef.modeling_albef import AlbefForImageTextRetrieval
 from hf_vlp.models.albef.pretraining_albef import AlbefForPreTraining
 from hf_vlp.models.pretraining import EXTRAS_FILE
 from hf_vlp.objectives.language import MaskedTokens
 from tests.distributed import run_ranks
 from tests.tiny import albef as tiny
+from tests.tiny.cached import as_repository
 
 LENGTHS = [5, 9, 4, 7, 6, 8]
 
@@ -274,12 +275,34 @@ def test_training_checkpoints_keep_the_names_of_the_modules(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [({"momentum": 1.5}, "momentum must lie in"), ({"across_ranks": "some"}, "'joined' or 'local'")],
+    ("cls", "settings", "message"),
+    [
+        (AlbefForPreTraining, {"momentum": 1.5}, "momentum must lie in"),
+        (AlbefForPreTraining, {"mlm_probability": -0.1}, "mlm_probability must lie in"),
+        (AlbefForPreTraining, {"across_ranks": "some"}, "'joined' or 'local'"),
+        (AlbefForPreTraining, {"negatives": "soft"}, "'hard' or 'random'"),
+        (AlbefForPreTraining, {"objectives": ()}, "some of 'itc', 'itm', 'mlm'"),
+        (AlbefForRetrievalFineTuning, {"objectives": ("itc", "mlm")}, "some of 'itc', 'itm', not"),
+    ],
 )
-def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+def test_settings_are_checked(cls: type, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        AlbefForPreTraining(tiny.albef_config(), **settings)
+        cls(tiny.albef_config(), **settings)
+
+
+def test_a_repository_of_the_hub_gives_head_twin_and_queue_back(tmp_path: Path) -> None:
+    model = build(double=False)
+    data = batch() | {"pixel_values": batch()["pixel_values"].float()}
+    model(**data, generator=generator())
+    model.export(tmp_path / "exported")
+    where = as_repository(tmp_path / "exported", tmp_path / "cache")
+    again = AlbefForPreTraining.from_pretrained("org/model", **where)
+    own, loaded = model.state_dict(), again.state_dict()
+    assert own.keys() == loaded.keys() and all(torch.equal(own[name], loaded[name]) for name in own)
+    tuned = AlbefForRetrievalFineTuning.from_pretrained("org/model", **where)
+    assert torch.equal(tuned.queue.images, model.queue.images)
+    answering = AlbefForQuestionAnsweringFineTuning.from_pretrained("org/model", **where).model
+    assert torch.equal(answering.decoder.lm_head.transform.dense.weight, model.mlm_head.transform.dense.weight)
 
 
 def test_inputs_are_checked() -> None:

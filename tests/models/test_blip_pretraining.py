@@ -23,6 +23,7 @@ from hf_vlp.models.blip.tasks_blip import (
 from hf_vlp.models.pretraining import EXTRAS_FILE
 from tests.distributed import run_ranks
 from tests.tiny.blip import VOCAB_SIZE, blip_config, images, spread_weights, texts, towers
+from tests.tiny.cached import as_repository
 
 LENGTHS = [5, 7, 3, 6, 4, 8]
 
@@ -75,6 +76,23 @@ def test_terms_can_be_left_out_and_stay_the_same(objectives: tuple[str, ...]):
     for name in objectives:
         torch.testing.assert_close(some[f"loss_{name}"], every[f"loss_{name}"])
     assert {key for key in some if key.startswith("loss_")} == {f"loss_{name}" for name in objectives}
+
+
+@pytest.mark.parametrize("objectives", [("itc",), ("itm",)])
+def test_fine_tuning_leaves_terms_out_too(objectives: tuple[str, ...]):
+    def step(**settings: Any) -> Any:
+        model = BlipForRetrievalFineTuning(blip_config(vision_width=48), queue_size=12, **settings)
+        spread_weights(model.model)
+        model.reset_momentum()
+        draws = torch.Generator().manual_seed(0)
+        return model.train()(**batch(), image_ids=torch.arange(6), alpha=0.0, generator=draws)
+
+    every, some = step(), step(objectives=objectives)
+    (name,) = objectives
+    assert {key for key in some if key.startswith("loss_")} == {f"loss_{name}"}
+    torch.testing.assert_close(some.loss, every[f"loss_{name}"])
+    with pytest.raises(ValueError, match="some of 'itc', 'itm', not"):
+        step(objectives=("itc", "lm"))
 
 
 def test_padding_and_checkpointing_change_nothing():
@@ -140,6 +158,16 @@ def test_the_exported_folder_opens_as_every_native_class(tmp_path: Path):
     assert back.model.text_decoder.bert.embeddings.word_embeddings.weight is (
         back.model.text_encoder.embeddings.word_embeddings.weight
     )
+
+
+def test_a_repository_of_the_hub_gives_twin_queue_and_temperature_back(tmp_path: Path):
+    model = pretraining(temperature=0.05)
+    model(**batch(), generator=torch.Generator().manual_seed(0))
+    model.export(tmp_path / "exported")
+    where = as_repository(tmp_path / "exported", tmp_path / "cache")
+    back = BlipForPreTraining.from_pretrained("org/model", **where)
+    assert back.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(back.state_dict()[name], value) for name, value in model.state_dict().items())
 
 
 def test_a_training_checkpoint_holds_shared_tensors_once(tmp_path: Path):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import ViTConfig
 
+from hf_vlp.models.momentum import TwinSettings
 from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin
 
 from .configuration_albef import AlbefConfig, AlbefTextConfig
@@ -25,11 +26,10 @@ from .finetuning_albef import (
     AlbefForTextAssignment,
     AlbefForVisualEntailmentFineTuning,
     AlbefForVisualReasoningFineTuning,
-    TwinSettings,
 )
 from .modeling_albef import AlbefForImageTextRetrieval, AlbefPreTrainedModel, interpolate_positions
 from .modeling_albef_tasks import AlbefForQuestionAnswering, AlbefForVisualEntailment, AlbefForVisualReasoning
-from .momentum_albef import MomentumSettings
+from .momentum_albef import AlbefMomentumSettings
 from .pretraining_albef import AlbefForPreTraining
 
 # (original, ours) inside the image tower; the fused query-key-value projection is handled beside it.
@@ -452,14 +452,14 @@ def training_model(
         state: an original state dict of any kind. A released checkpoint of pretraining starts fine-tuning through
             `inference_model`, `save_pretrained` and `from_pretrained` of the task's training class.
         config: instead of one read from the shapes.
-        options: fields of `MomentumSettings` or `TwinSettings`, and options of `config_from_original`.
+        options: fields of `AlbefMomentumSettings` or `TwinSettings`, and options of `config_from_original`.
 
     Raises:
         ValueError: tensors are missing or do not fit.
     """
     layout = layout_of(state)
     queued = layout.kind in ("pretraining", "retrieval")
-    fields = (MomentumSettings if queued else TwinSettings).__dataclass_fields__
+    fields = (AlbefMomentumSettings if queued else TwinSettings).__dataclass_fields__
     settings = {key: options.pop(key) for key in list(options) if key in fields}
     config = config or config_from_original(state, layout, **options)
     online = from_original(state, layout)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin
+from hf_vlp.models.momentum import TwinSettings
+from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin, hub_arguments, read_extras
 from hf_vlp.nn.momentum import momentum_twin, update_twin
 from hf_vlp.objectives.distillation import distillation_loss
 from hf_vlp.objectives.distributed import global_mean
@@ -78,11 +78,9 @@ class AlbefForRetrievalFineTuning(AlbefMomentumModel):
         Args:
             config: of the inference model.
             retrieval: an existing inference model; by default one is drawn from `config`.
-            settings: fields of `MomentumSettings`.
+            settings: fields of `AlbefMomentumSettings`.
         """
         super().__init__(config, retrieval, **settings)
-        if not {"itc", "itm"} & set(self.settings.objectives):
-            raise ValueError(f"objectives must have 'itc' or 'itm' here, but are {self.settings.objectives}")
         self.post_init()
         if not next(self.parameters()).is_meta:
             self.reset_momentum()
@@ -150,8 +148,6 @@ class AlbefForRetrievalFineTuning(AlbefMomentumModel):
             twin = self.momentum["albef"]
             image_states_m = twin.encode_images(pixel_values)
             first_m = twin.text_model.encode(texts, keep=texts.first)
-        if not self.settings.distill:
-            alpha = 0.0
         alpha = self.current_alpha() if alpha is None else alpha
         contrast = self.contrast(features, self.momentum_features(image_states_m, first_m), alpha, image_ids)
         wanted = self.settings.objectives
@@ -196,36 +192,14 @@ class AlbefClassificationOutput(ModelOutput):
     alpha: float | None = None
 
 
-@dataclass
-class TwinSettings:
-    """How a task is fine-tuned; kept in the checkpoint's config under `pretraining`.
-
-    Attributes:
-        momentum: share of itself that the twin keeps in a step (hard-coded 0.995 in the original).
-        alpha: weight of the twin's opinion once warmed up.
-        alpha_warmup_steps: steps over which `alpha` grows linearly from 0; the first epoch in the original.
-        distill: whether there is a twin at all.
-    """
-
-    momentum: float = 0.995
-    alpha: float = 0.4
-    alpha_warmup_steps: int = 0
-    distill: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("momentum", "alpha"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must lie in [0, 1], but is {getattr(self, name)}")
-
-
 class AlbefTaskFineTuning(PreTrainingMixin, AlbefPreTrainedModel):
     """A task's inference model with a momentum twin of all of it; base of the classes below."""
 
     inference_attribute = "model"
     base_model_prefix = ""
     _auto_class = None
-    # What keyword arguments of the constructors may set.
-    settings_class: ClassVar[type] = TwinSettings
+    # What keyword arguments of the constructors may set. Without `distill` there is no twin at all.
+    settings_class: ClassVar[type[TwinSettings]] = TwinSettings
     # Class of the inference model.
     task_class: ClassVar[type[AlbefPreTrainedModel]]
     stages: ClassVar[dict[str, dict[str, bool]]] = {"finetune": {"": True, "momentum": False}}
@@ -274,7 +248,8 @@ class AlbefTaskFineTuning(PreTrainingMixin, AlbefPreTrainedModel):
         """
         settings = {key: kwargs.pop(key) for key in list(kwargs) if key in TwinSettings.__dataclass_fields__}
         kwargs.setdefault("dtype", torch.float32)
-        config = kwargs.pop("config", None) or AlbefConfig.from_pretrained(pretrained_model_name_or_path)
+        where = hub_arguments(kwargs)
+        config = kwargs.pop("config", None) or AlbefConfig.from_pretrained(pretrained_model_name_or_path, **where)
         if cls.__name__ in (config.architectures or []):
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **settings, **kwargs)
         model = start_task(cls.task_class, pretrained_model_name_or_path, config=config, **kwargs)
@@ -304,9 +279,7 @@ class AlbefTaskFineTuning(PreTrainingMixin, AlbefPreTrainedModel):
         """Weight of distillation in this step; moves the twin and counts the step when training."""
         if self.momentum is None:
             return 0.0
-        if alpha is None:
-            warmup = self.settings.alpha_warmup_steps
-            alpha = self.settings.alpha * (1.0 if not warmup else min(1.0, int(self.steps) / warmup))
+        alpha = self.settings.alpha_at(int(self.steps)) if alpha is None else alpha
         if self.training:
             update_twin(self.momentum, self.model, self.settings.momentum)
             self.steps += 1
@@ -468,8 +441,12 @@ def start_task(
         config: instead of the folder's.
         image_size: interpolate the position embedding to it.
         kwargs: of `PreTrainedModel.from_pretrained`.
+
+    Raises:
+        ValueError: the checkpoint is for pairs of images and the task for one.
     """
-    config = config or AlbefConfig.from_pretrained(folder)
+    where = hub_arguments(kwargs)
+    config = config or AlbefConfig.from_pretrained(folder, **where)
     own = task_class.__name__ in (config.architectures or [])
     wants_pairs = task_class is AlbefForVisualReasoning
     if wants_pairs and config.text_config.images_per_text == 1:
@@ -479,8 +456,7 @@ def start_task(
             raise ValueError(f"{folder} has twin layers for pairs of images; {task_class.__name__} takes one image")
         model = task_class.from_pretrained(folder, config=config, new_parameters=not own, **kwargs)
     if isinstance(model, AlbefForQuestionAnswering) and not own:
-        extras = Path(folder) / EXTRAS_FILE
-        state = load_file(extras) if extras.is_file() else {}
+        state = read_extras(folder, **where)
         head = {n.removeprefix("mlm_head."): v for n, v in state.items() if n.startswith("mlm_head.")}
         model.initialise_decoder(head or None)
     if image_size is not None and image_size != model.config.vision_config.image_size:
@@ -553,10 +529,18 @@ class AlbefForTextAssignment(PreTrainingMixin, AlbefPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_retrieval(cls, folder: str | Path, **kwargs: Any) -> "AlbefForTextAssignment":
-        """Starts from a pretrained `AlbefForImageTextRetrieval` folder, whose projection chooses the images."""
+    def from_retrieval(
+        cls, folder: str | Path, *, image_size: int | None = None, **kwargs: Any
+    ) -> "AlbefForTextAssignment":
+        """Starts from a pretrained `AlbefForImageTextRetrieval` folder, whose projection chooses the images.
+
+        Args:
+            folder: or Hub id.
+            image_size: interpolate the position embedding to it.
+            kwargs: of `PreTrainedModel.from_pretrained`.
+        """
         retrieval = AlbefForImageTextRetrieval.from_pretrained(folder, **kwargs)
-        reasoning = start_task(AlbefForVisualReasoning, folder, **kwargs)
+        reasoning = start_task(AlbefForVisualReasoning, folder, image_size=image_size, **kwargs)
         model = cls(reasoning.config, reasoning)
         model.vision_projection.load_state_dict(retrieval.vision_projection.state_dict())
         return model

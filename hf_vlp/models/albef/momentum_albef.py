@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_vlp.models.momentum import Contrast, MomentumContrastMixin
-from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin
+from hf_vlp.models.momentum import Contrast, ContrastSettings, MomentumContrastMixin
+from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin, hub_arguments, read_extras
 from hf_vlp.nn.momentum import momentum_twin
 from hf_vlp.nn.queue import FeatureQueue
 from hf_vlp.objectives.distributed import batch_sizes, exchange_integers, gather, offset_of, world
@@ -23,46 +21,18 @@ from .modeling_albef_packing import PackedTexts
 
 
 @dataclass
-class MomentumSettings:
+class AlbefMomentumSettings(ContrastSettings):
     """How the objectives are computed; kept in the checkpoint's config under `pretraining`.
 
+    The warm-up of `alpha` takes the paper's first epoch; random negatives are the ablation of its table 1.
+
     Attributes:
-        queue_size: pairs in the queue of momentum features.
-        momentum: share of itself that a twin keeps in a step.
-        alpha: weight of the twin's opinion in the targets once warmed up.
-        alpha_warmup_steps: training steps over which `alpha` grows linearly from 0; the paper's first epoch.
         mlm_probability: share of tokens that are masked.
-        distill: whether the twin's opinion enters the targets at all.
-        across_ranks: `"joined"`: keys and negatives are those of all ranks, and loss and gradient those of one
-            process with the joined batch. `"local"`: each rank contrasts and matches within its own batch, as the
-            original does; the queue is shared in both.
-        negatives: `"hard"`: negatives of matching are drawn by similarity (section 3.2); `"random"`: all alike, the
-            ablation of the paper's table 1.
-        objectives: which of `"itc"`, `"itm"`, `"mlm"` make up the loss; retrieval fine-tuning has the first two.
+        others: see `hf_vlp.models.momentum.ContrastSettings`.
     """
 
-    queue_size: int = 65536
-    momentum: float = 0.995
-    alpha: float = 0.4
-    alpha_warmup_steps: int = 0
     mlm_probability: float = 0.15
-    distill: bool = True
-    across_ranks: Literal["joined", "local"] = "joined"
-    negatives: Literal["hard", "random"] = "hard"
-    objectives: tuple[str, ...] = ("itc", "itm", "mlm")
-
-    def __post_init__(self) -> None:
-        self.objectives = tuple(self.objectives)
-        unknown = set(self.objectives) - {"itc", "itm", "mlm"}
-        if unknown or not self.objectives:
-            raise ValueError(f"objectives must be some of 'itc', 'itm', 'mlm', not {self.objectives}")
-        if self.negatives not in ("hard", "random"):
-            raise ValueError(f"negatives must be 'hard' or 'random', not {self.negatives!r}")
-        for name in ("momentum", "alpha", "mlm_probability"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must lie in [0, 1], but is {getattr(self, name)}")
-        if self.across_ranks not in ("joined", "local"):
-            raise ValueError(f"across_ranks must be 'joined' or 'local', not {self.across_ranks!r}")
+    _shares: ClassVar[tuple[str, ...]] = ("momentum", "alpha", "mlm_probability")
 
 
 class MatchingRows(NamedTuple):
@@ -93,10 +63,7 @@ class AlbefMomentumModel(MomentumContrastMixin, PreTrainingMixin, AlbefPreTraine
     inference_attribute = "retrieval"
     base_model_prefix = ""
     _auto_class = None
-    # What keyword arguments of the constructors may set.
-    settings_class: ClassVar[type] = MomentumSettings
-    # Fields that differ from `MomentumSettings` by default.
-    _defaults: ClassVar[dict[str, Any]] = {}
+    settings_class: ClassVar[type[ContrastSettings]] = AlbefMomentumSettings
     stages: ClassVar[dict[str, dict[str, bool]]] = {"pretrain": {"": True, "momentum": False}}
 
     def __init__(
@@ -106,15 +73,13 @@ class AlbefMomentumModel(MomentumContrastMixin, PreTrainingMixin, AlbefPreTraine
         Args:
             config: of the inference model; its `pretraining` entry holds settings that `settings` overrides.
             retrieval: an existing inference model; by default one is drawn from `config`.
-            settings: fields of `MomentumSettings`.
+            settings: fields of `AlbefMomentumSettings`.
         """
         own = type(config).from_dict(config.to_dict())
-        stored = getattr(own, "pretraining", None) or {}
-        known = {name: value for name, value in stored.items() if name in MomentumSettings.__dataclass_fields__}
-        self_settings = MomentumSettings(**{**self._defaults, **known, **settings})
-        own.pretraining = asdict(self_settings)
+        chosen = self.chosen_settings(own, settings)
+        own.pretraining = asdict(chosen)
         super().__init__(own)
-        self.settings = self_settings
+        self.settings = chosen
         inner = type(config).from_dict(config.to_dict())
         if hasattr(inner, "pretraining"):
             del inner.pretraining
@@ -155,21 +120,21 @@ class AlbefMomentumModel(MomentumContrastMixin, PreTrainingMixin, AlbefPreTraine
                 queue (and to `AlbefForPreTraining` its MLM head and step count) back; a folder without it gets a
                 copy as its twin, a fresh queue and a fresh MLM head.
             image_size: interpolate the position embeddings to it.
-            kwargs: fields of `MomentumSettings`, and keyword arguments of `PreTrainedModel.from_pretrained`.
+            kwargs: fields of `AlbefMomentumSettings`, and keyword arguments of `PreTrainedModel.from_pretrained`.
                 `dtype` is float32 unless given, as optimisers need full-precision weights.
         """
-        settings = {key: kwargs.pop(key) for key in list(kwargs) if key in MomentumSettings.__dataclass_fields__}
+        settings = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.settings_class.__dataclass_fields__}
         image_size = kwargs.pop("image_size", None)
         kwargs.setdefault("dtype", torch.float32)
-        config = kwargs.pop("config", None) or AlbefConfig.from_pretrained(pretrained_model_name_or_path)
+        where = hub_arguments(kwargs)
+        config = kwargs.pop("config", None) or AlbefConfig.from_pretrained(pretrained_model_name_or_path, **where)
         if cls.__name__ in (config.architectures or []):
             model = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **settings, **kwargs)
         else:
             retrieval = AlbefForImageTextRetrieval.from_pretrained(
                 pretrained_model_name_or_path, *args, config=config, **kwargs
             )
-            extras = Path(pretrained_model_name_or_path) / EXTRAS_FILE
-            state = load_file(extras) if extras.is_file() else {}
+            state = read_extras(pretrained_model_name_or_path, **where)
             if "queue.images" in state:
                 settings.setdefault("queue_size", len(state["queue.images"]))
             model = cls.from_inference_model(retrieval, **settings)
@@ -290,9 +255,9 @@ def prediction_head_ties(prefix: str, embeddings: str) -> dict[str, str]:
 
 __all__ = [
     "AlbefMomentumModel",
+    "AlbefMomentumSettings",
     "Contrast",
     "MatchingRows",
-    "MomentumSettings",
     "joined_texts",
     "prediction_head_ties",
 ]

@@ -25,15 +25,12 @@ from .modeling_albef import AlbefForImageTextRetrieval
 from .modeling_albef_packing import PackedTexts, fusion_layouts
 from .momentum_albef import (
     AlbefMomentumModel,
+    AlbefMomentumSettings,
     Contrast,
     MatchingRows,
-    MomentumSettings,
     joined_texts,
     prediction_head_ties,
 )
-
-# Bounds of the temperature (the original clamps it at the start of every step).
-TEMPERATURE_RANGE = (0.001, 0.5)
 
 
 @dataclass
@@ -90,6 +87,7 @@ class AlbefForPreTraining(AlbefMomentumModel):
         model.export("my-albef")  # opens as AlbefForImageTextRetrieval
     """
 
+    terms = ("itc", "itm", "mlm")
     _tied_weights_keys = {
         **prediction_head_ties("mlm_head", "retrieval.albef.text_model.embeddings.word_embeddings.weight"),
         **prediction_head_ties("momentum.mlm_head", "momentum.albef.text_model.embeddings.word_embeddings.weight"),
@@ -102,7 +100,7 @@ class AlbefForPreTraining(AlbefMomentumModel):
         Args:
             config: of the inference model; a `pretraining` entry holds settings that `settings` overrides.
             retrieval: an existing inference model; by default one is drawn from `config`.
-            settings: fields of `MomentumSettings`.
+            settings: fields of `AlbefMomentumSettings`.
         """
         super().__init__(config, retrieval, **settings)
         self.post_init()
@@ -138,7 +136,7 @@ class AlbefForPreTraining(AlbefMomentumModel):
             fusion_layer: first layer with cross-attention; default: half of the layers.
             image_size: in pixels; default: the vision model's.
             projection_dim: width of the contrastive space.
-            settings: fields of `MomentumSettings`.
+            settings: fields of `AlbefMomentumSettings`.
         """
         retrieval = AlbefForImageTextRetrieval.from_vision_text_pretrained(
             vision_model_name_or_path,
@@ -162,11 +160,6 @@ class AlbefForPreTraining(AlbefMomentumModel):
     def _load_head(self, state: Mapping[str, Tensor]) -> None:
         own = {name: value for name, value in state.items() if not name.startswith("decoder.")}
         self.mlm_head.load_state_dict(own, strict=False)
-
-    @torch.no_grad()
-    def clamp_temperature(self) -> None:
-        """Brings the temperature back into its range, in place."""
-        self.retrieval.temperature.clamp_(*TEMPERATURE_RANGE)
 
     def mask(
         self, input_ids: Tensor, attention_mask: Tensor, generator: torch.Generator | None = None
@@ -352,4 +345,4 @@ class AlbefForPreTraining(AlbefMomentumModel):
         return levels
 
 
-__all__ = ["AlbefForPreTraining", "AlbefForPreTrainingOutput", "MomentumSettings"]
+__all__ = ["AlbefForPreTraining", "AlbefForPreTrainingOutput", "AlbefMomentumSettings"]

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -203,16 +202,16 @@ def vision_state(vision: PreTrainedModel) -> dict[str, Tensor]:
     Raises:
         ValueError: this is neither a ViT nor a BLIP vision model.
     """
-    state = vision.state_dict()
-    if vision.config.model_type == "blip_vision_model":
-        return state
-    if vision.config.model_type not in ("vit", "deit"):
-        raise ValueError(f"BLIP's image encoder is a ViT; got a {vision.config.model_type!r}")
     from hf_vlp.models.albef.conversion_albef import vision_to_original
     from hf_vlp.models.blip.conversion_blip import vision_from_original
 
+    state = vision.state_dict()
+    if vision.config.model_type == "blip_vision_model":
+        return state
     if vision.config.model_type == "deit":
-        raise ValueError("a DeiT with a distillation token does not fit; take a ViT")
+        raise ValueError("a DeiT with a distillation token does not fit; take a ViT (model_type 'vit')")
+    if vision.config.model_type != "vit":
+        raise ValueError(f"BLIP's image encoder is a ViT (model_type 'vit'); got a {vision.config.model_type!r}")
     kept = {name: value for name, value in state.items() if not name.startswith("pooler.")}
     return vision_from_original(vision_to_original(kept))
 
@@ -248,9 +247,3 @@ def load_vision(name: str) -> PreTrainedModel:
     """A vision model of transformers, by folder or Hub id."""
     vision = _load_tower(name)
     return getattr(vision, "vision_model", vision)
-
-
-def folder_file(folder: Any, name: str) -> Path | None:
-    """A file of a local folder, None if there is none."""
-    path = Path(folder) / name
-    return path if path.is_file() else None

@@ -259,7 +259,7 @@ def inference_model(
     kind = kind_of(state)
     config = config or config_from_original(state, **config_options)
     converted = from_original(state)
-    if kind in ("nlvr",) or (kind == "vqa" and config.vision_config.hidden_size != config.text_config.hidden_size):
+    if kind == "nlvr" or (kind == "vqa" and config.vision_config.hidden_size != config.text_config.hidden_size):
         from hf_vlp.models.blip import tasks_blip
 
         model = tasks_blip.from_converted(kind, config, converted)

@@ -3,10 +3,9 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BlipConfig
 from transformers import initialization as init
@@ -15,67 +14,40 @@ from transformers.models.blip.modeling_blip import BlipPreTrainedModel
 from hf_vlp.models.albef.modeling_albef import unit_vectors
 from hf_vlp.models.albef.modeling_albef_packing import PackedTexts
 from hf_vlp.models.albef.momentum_albef import joined_texts
-from hf_vlp.models.blip.backbone_blip import folder_file, resize_tower
+from hf_vlp.models.blip.backbone_blip import resize_tower
 from hf_vlp.models.blip.modeling_blip import BlipForImageTextRetrieval
 from hf_vlp.models.blip.text_blip import Branch, text_pass, with_first
 from hf_vlp.models.blip.vision_blip import encode_images
-from hf_vlp.models.momentum import MomentumContrastMixin
-from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin
+from hf_vlp.models.momentum import ContrastSettings, MomentumContrastMixin
+from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin, hub_arguments, read_extras
 from hf_vlp.nn.momentum import momentum_twin
 from hf_vlp.nn.queue import FeatureQueue
-from hf_vlp.objectives.distributed import batch_sizes, gather, offset_of, world
+from hf_vlp.objectives.distributed import gather, world
 from hf_vlp.objectives.matching import HardNegatives
-
-# Bounds of the temperature (clamped at the start of every step, as in the original).
-TEMPERATURE_RANGE = (0.001, 0.5)
 
 
 @dataclass
-class BlipMomentumSettings:
+class BlipMomentumSettings(ContrastSettings):
     """How the objectives are computed; kept in the checkpoint's config under `pretraining`.
 
+    The warm-up of `alpha` takes two epochs in the original's pretraining, one in its fine-tuning.
+
     Attributes:
-        queue_size: pairs in the queue of momentum features.
-        momentum: share of itself that the twin keeps in a step.
-        alpha: weight of the twin's opinion in the targets once warmed up.
-        alpha_warmup_steps: training steps over which `alpha` grows linearly from 0; two epochs in the original's
-            pretraining, one in its fine-tuning.
-        distill: whether the twin's opinion enters the targets at all.
-        across_ranks: `"joined"`: keys and negatives are those of all ranks, and loss and gradient those of one
-            process with the joined batch. `"local"`: each rank contrasts within its own batch, as the original does;
-            the queue is shared in both.
-        negative_all_rank: with `"local"`, whether retrieval fine-tuning draws the negatives of matching from all
-            ranks, as the original does by default. Pretraining then draws them from its own batch.
-        negatives: `"hard"`: negatives of matching are drawn by similarity; `"random"`: all alike.
-        objectives: which of `"itc"`, `"itm"`, `"lm"` make up the loss; retrieval fine-tuning has the first two.
+        negative_all_rank: with `across_ranks="local"`, whether retrieval fine-tuning draws the negatives of matching
+            from all ranks, as the original does by default. Pretraining then draws them from its own batch.
         label_smoothing: of the next-token targets.
         temperature: initial value of the learned divisor of the similarities.
+        others: see `hf_vlp.models.momentum.ContrastSettings`.
     """
 
     queue_size: int = 57600
-    momentum: float = 0.995
-    alpha: float = 0.4
-    alpha_warmup_steps: int = 0
-    distill: bool = True
-    across_ranks: Literal["joined", "local"] = "joined"
     negative_all_rank: bool = True
-    negatives: Literal["hard", "random"] = "hard"
-    objectives: tuple[str, ...] = ("itc", "itm", "lm")
     label_smoothing: float = 0.1
     temperature: float = 0.07
+    _shares: ClassVar[tuple[str, ...]] = ("momentum", "alpha", "label_smoothing")
 
     def __post_init__(self) -> None:
-        self.objectives = tuple(self.objectives)
-        unknown = set(self.objectives) - {"itc", "itm", "lm"}
-        if unknown or not self.objectives:
-            raise ValueError(f"objectives must be some of 'itc', 'itm', 'lm', not {self.objectives}")
-        if self.negatives not in ("hard", "random"):
-            raise ValueError(f"negatives must be 'hard' or 'random', not {self.negatives!r}")
-        for name in ("momentum", "alpha", "label_smoothing"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must lie in [0, 1], but is {getattr(self, name)}")
-        if self.across_ranks not in ("joined", "local"):
-            raise ValueError(f"across_ranks must be 'joined' or 'local', not {self.across_ranks!r}")
+        super().__post_init__()
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
 
@@ -111,11 +83,9 @@ class BlipMomentumModel(MomentumContrastMixin, PreTrainingMixin, BlipPreTrainedM
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    settings_class: ClassVar[type] = BlipMomentumSettings
+    settings_class: ClassVar[type[ContrastSettings]] = BlipMomentumSettings
     # Class of the inference model.
     _model_class: ClassVar[type[BlipForImageTextRetrieval]] = BlipForImageTextRetrieval
-    # Fields that differ from `BlipMomentumSettings` by default.
-    _defaults: ClassVar[dict[str, Any]] = {}
     stages: ClassVar[dict[str, dict[str, bool]]] = {"pretrain": {"": True, "momentum": False}}
 
     def __init__(self, config: BlipConfig, model: BlipForImageTextRetrieval | None = None, **settings: Any) -> None:
@@ -126,9 +96,7 @@ class BlipMomentumModel(MomentumContrastMixin, PreTrainingMixin, BlipPreTrainedM
             settings: fields of `BlipMomentumSettings`.
         """
         own = copy.deepcopy(config)
-        stored = getattr(own, "pretraining", None) or {}
-        known = {name: value for name, value in stored.items() if name in BlipMomentumSettings.__dataclass_fields__}
-        chosen = BlipMomentumSettings(**{**self._defaults, **known, **settings})
+        chosen = self.chosen_settings(own, settings)
         own.pretraining = asdict(chosen)
         super().__init__(own)
         self.settings = chosen
@@ -161,11 +129,6 @@ class BlipMomentumModel(MomentumContrastMixin, PreTrainingMixin, BlipPreTrainedM
     def temperature_parameter(self) -> Tensor:
         return self.temperature
 
-    @torch.no_grad()
-    def clamp_temperature(self) -> None:
-        """Brings the temperature back into its range, in place."""
-        self.temperature.clamp_(*TEMPERATURE_RANGE)
-
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
@@ -187,17 +150,16 @@ class BlipMomentumModel(MomentumContrastMixin, PreTrainingMixin, BlipPreTrainedM
             kwargs: fields of `BlipMomentumSettings`, and keyword arguments of `PreTrainedModel.from_pretrained`.
                 `dtype` is float32 unless given, as optimisers need full-precision weights.
         """
-        fields = BlipMomentumSettings.__dataclass_fields__
-        settings = {key: kwargs.pop(key) for key in list(kwargs) if key in fields}
+        settings = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.settings_class.__dataclass_fields__}
         image_size = kwargs.pop("image_size", None)
         kwargs.setdefault("dtype", torch.float32)
-        config = kwargs.pop("config", None) or BlipConfig.from_pretrained(pretrained_model_name_or_path)
+        where = hub_arguments(kwargs)
+        config = kwargs.pop("config", None) or BlipConfig.from_pretrained(pretrained_model_name_or_path, **where)
         if cls.__name__ in (config.architectures or []):
             model = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **settings, **kwargs)
         else:
             inner = cls._model_class.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
-            extras = folder_file(pretrained_model_name_or_path, EXTRAS_FILE)
-            state = load_file(extras) if extras is not None else {}
+            state = read_extras(pretrained_model_name_or_path, **where)
             if "queue.images" in state:
                 settings.setdefault("queue_size", len(state["queue.images"]))
             model = cls.from_inference_model(inner, **settings)
@@ -297,10 +259,6 @@ class BlipMomentumModel(MomentumContrastMixin, PreTrainingMixin, BlipPreTrainedM
         counts = texts.counts[rows.source]
         keep = counts.cumsum(0) - counts
         return Branch(self.model.text_encoder, texts, rows.image, rows.source, keep)
-
-    def own_offset(self, rows: int, device: torch.device) -> int:
-        """Where the own rows are in the joined batch."""
-        return offset_of(batch_sizes(rows, device))
 
 
 __all__ = ["BlipMomentumModel", "BlipMomentumSettings", "MatchingRows"]

@@ -69,6 +69,7 @@ class BlipForPreTraining(BlipMomentumModel):
         model.export("my-blip")  # opens as transformers.BlipForImageTextRetrieval, …ConditionalGeneration, …
     """
 
+    terms = ("itc", "itm", "lm")
     _model_class = BlipMED
     # Added to the softmax in pretraining alone.
     _negative_epsilon = 1e-4

@@ -1,7 +1,7 @@
 """Fine-tuning BLIP for retrieval: ITC with image ids and ITM (arXiv 2201.12086, section 5.1)."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from hf_vlp.models.albef.modeling_albef_packing import PackedTexts
 from hf_vlp.models.blip.momentum_blip import BlipMomentumModel
 from hf_vlp.models.blip.text_blip import image_pass
 from hf_vlp.models.momentum import Contrast
-from hf_vlp.objectives.distributed import gather, world
-from hf_vlp.objectives.matching import HardNegatives, NoNegativesError, hard_negatives, matching_loss
+from hf_vlp.objectives.distributed import batch_sizes, gather, offset_of, world
+from hf_vlp.objectives.matching import HardNegatives, matching_loss
 from hf_vlp.objectives.precision import full_precision, without_autocast
 
 
@@ -21,7 +21,8 @@ class BlipRetrievalOutput(ModelOutput):
     """
     Args:
         loss: sum of the terms.
-        loss_itc: image-text contrast with all texts of an image as its positives.
+        loss_itc: image-text contrast with all texts of an image as its positives. A term is absent when it is not
+            trained.
         loss_itm: matching of pairs and hard negatives.
         alpha: weight of momentum distillation.
         temperature: detached.
@@ -54,7 +55,6 @@ class BlipForRetrievalFineTuning(BlipMomentumModel):
     """
 
     _with_ids = True
-    _defaults: ClassVar[dict[str, Any]] = {"objectives": ("itc", "itm")}
     stages: ClassVar[dict[str, dict[str, bool]]] = {"finetune": {"": True, "momentum": False}}
 
     def pretraining_extras(self) -> dict[str, Tensor]:
@@ -102,12 +102,16 @@ class BlipForRetrievalFineTuning(BlipMomentumModel):
         if self.training:
             self.follow()
         contrast = self.contrast(features, self.momentum_features(pixel_values, texts), alpha, image_ids)
-        image_gather = not self.joined() and self.settings.negative_all_rank and world()[1] > 1
-        similarities, drawn = self.draw_by_features(features, image_ids, generator, negatives, image_gather)
-        rows = self.matching_rows(texts, image_states, (input_ids, attention_mask), drawn, image_gather)
-        (first,) = image_pass([self.matching_branch(rows)], rows.image_states)
-        itm_logits = self.model.itm_head(first)
-        terms = {"loss_itc": contrast.itc.loss, "loss_itm": matching_loss(itm_logits, rows.labels)}
+        wanted = self.settings.objectives
+        terms: dict[str, Tensor] = {"loss_itc": contrast.itc.loss} if "itc" in wanted else {}
+        drawn = rows = itm_logits = similarities = None
+        if "itm" in wanted:
+            image_gather = not self.joined() and self.settings.negative_all_rank and world()[1] > 1
+            similarities, drawn = self.draw_by_features(features, image_ids, generator, negatives, image_gather)
+            rows = self.matching_rows(texts, image_states, (input_ids, attention_mask), drawn, image_gather)
+            (first,) = image_pass([self.matching_branch(rows)], rows.image_states)
+            itm_logits = self.model.itm_head(first)
+            terms["loss_itm"] = matching_loss(itm_logits, rows.labels)
         if self.training:
             self.steps += 1
         return BlipRetrievalOutput(
@@ -120,7 +124,7 @@ class BlipForRetrievalFineTuning(BlipMomentumModel):
             weights_i2t=None if drawn is None else drawn.weights_i2t,
             weights_t2i=None if drawn is None else drawn.weights_t2i,
             itm_logits=itm_logits,
-            itm_labels=rows.labels,
+            itm_labels=None if rows is None else rows.labels,
         )
 
     @torch.no_grad()
@@ -138,22 +142,14 @@ class BlipForRetrievalFineTuning(BlipMomentumModel):
         with without_autocast(image.device):
             all_image, all_text = (gather(one) for one in (image, text)) if every else (image, text)
             similarities = image @ all_text.t() / self.temperature, text @ all_image.t() / self.temperature
-        weighing = similarities
-        if self.settings.negatives == "random":
-            weighing = tuple(torch.zeros_like(one) for one in similarities)
-        try:
-            drawn = hard_negatives(
-                *weighing,
-                offset=self.own_offset(len(image), image.device) if every else 0,
-                image_ids=image_ids,
-                gathered_ids=gather(image_ids) if every else image_ids,
-                generator=generator,
-                softmax_over_positives=True,
-                image_index=None if given is None else given[0],
-                text_index=None if given is None else given[1],
-            )
-        except NoNegativesError:
-            drawn = None
+        drawn = self.drawn_by(
+            similarities,
+            image_ids,
+            generator,
+            given,
+            offset=offset_of(batch_sizes(len(image), image.device)) if every else 0,
+            gathered=every,
+        )
         return similarities, drawn
 
 
