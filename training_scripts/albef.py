@@ -14,7 +14,7 @@ Before NLVR2, one epoch of text assignment (section 5):
 A model that knows nothing has ITC = ln of batch and queue together, ITM = 0.637, MLM = ln of the vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from transformers import AutoTokenizer, set_seed
@@ -24,13 +24,19 @@ from hf_vlp.models.albef.finetuning_albef import AlbefForTextAssignment
 from hf_vlp.models.albef.pretraining_albef import AlbefForPreTraining
 from hf_vlp.models.albef.processing_albef import AlbefProcessor
 from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, apply_stage, parse_arguments
-from hf_vlp.training.arguments import option, run_settings
+from hf_vlp.training.arguments import option, run_settings, say_unused
 from hf_vlp.training.data import main_process_first, pair_dataset, texts_of_rows, whole_batches
 from hf_vlp.training.evaluators import RetrievalEvaluator
 from hf_vlp.training.launch import say
 from hf_vlp.training.momentum import MomentumArguments, ObjectiveArguments
 from hf_vlp.training.presets import SIZES, albef_config, new_bert_tokenizer
 from hf_vlp.training.tasks import fit_processor, image_size_of
+
+# What a folder to go on from brings along.
+OF_A_MODEL = (
+    "vision_model", "text_model", "size", "patch_size", "fusion_layer", "projection_dim", "dropout", "tokenizer",
+    "vocab_size",
+)  # fmt: skip
 
 
 @dataclass
@@ -51,6 +57,7 @@ class ModelArguments:
     tokenizer: str | None = option(None, "BERT tokenizer; left out: that of --text_model, or trained on the texts.")
     vocab_size: int = option(8192, "Vocabulary of a trained tokenizer, at most.")
     max_words: int | None = option(None, "Words after which a caption is cut; the original: 30.")
+    mlm_probability: float | None = option(None, "Share of the words that are masked; the paper: 0.15.")
     text_assignment: bool = option(False, "Pretrain the model for pairs of images instead, by text assignment.")
     rerank: int = option(16, "Candidates that ITM puts in order again in the evaluation; 0 for ITC alone.")
 
@@ -74,12 +81,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # 2. Processor and model
     settings = {} if model_args.text_assignment else momentum.settings(rows, args) | objectives.settings()
+    if model_args.mlm_probability is not None:
+        settings["mlm_probability"] = model_args.mlm_probability
     if folder:
+        say_unused(model_args, OF_A_MODEL, "--model_name_or_path brings its own")
         processor = AlbefProcessor.from_pretrained(folder)
         if model_args.text_assignment:
+            for group in (momentum, objectives):
+                say_unused(group, [entry.name for entry in fields(group)], "text assignment has one term and no twin")
+            say_unused(model_args, ("mlm_probability",), "text assignment masks nothing")
             # It draws two other images of the batch, and a last batch may have none.
             args.dataloader_drop_last, eval_rows = True, whole_batches(eval_rows, args)
-            model = AlbefForTextAssignment.from_retrieval(folder)
+            model = AlbefForTextAssignment.from_retrieval(folder, image_size=model_args.image_size)
         else:
             model = AlbefForPreTraining.from_pretrained(folder, image_size=model_args.image_size, **settings)
     else:
@@ -95,6 +108,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             "projection_dim": model_args.projection_dim,
         }
         if model_args.vision_model:
+            say_unused(
+                model_args, ("size", "patch_size", "dropout"), "--vision_model and --text_model bring their own"
+            )
             towers = model_args.vision_model, model_args.text_model
             model = AlbefForPreTraining.from_vision_text_pretrained(*towers, tokenizer=tokenizer, **sizes, **settings)
         else:

@@ -21,13 +21,25 @@ from hf_vlp.data import ImageTextCollator
 from hf_vlp.models.blip.pretraining_blip import BlipForPreTraining
 from hf_vlp.models.blip.processing_blip import BlipProcessor, add_blip_tokens
 from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, apply_stage, parse_arguments
-from hf_vlp.training.arguments import option, run_settings
+from hf_vlp.training.arguments import option, run_settings, say_unused
 from hf_vlp.training.data import main_process_first, pair_dataset, texts_of_rows
 from hf_vlp.training.evaluators import RetrievalEvaluator
 from hf_vlp.training.launch import say
 from hf_vlp.training.momentum import MomentumArguments, ObjectiveArguments
 from hf_vlp.training.presets import SIZES, blip_config, new_bert_tokenizer
 from hf_vlp.training.tasks import fit_processor, image_size_of
+
+# What a folder to go on from brings along.
+OF_A_MODEL = (
+    "vision_model",
+    "text_model",
+    "size",
+    "patch_size",
+    "projection_dim",
+    "dropout",
+    "tokenizer",
+    "vocab_size",
+)
 
 
 @dataclass
@@ -71,6 +83,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # The original's alpha rises over two epochs.
     settings = momentum.settings(rows, args, epochs=2) | objectives.settings()
     if folder:
+        say_unused(model_args, OF_A_MODEL, "--model_name_or_path brings its own")
         processor = BlipProcessor.from_pretrained(folder)
         sizes = {} if model_args.image_size is None else {"image_size": model_args.image_size}
         model = BlipForPreTraining.from_pretrained(folder, **sizes, **settings)
@@ -83,6 +96,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         )
         tokenizer = add_blip_tokens(tokenizer)
         if model_args.vision_model:
+            say_unused(
+                model_args, ("size", "patch_size", "dropout"), "--vision_model and --text_model bring their own"
+            )
             model = BlipForPreTraining.from_vision_text_pretrained(
                 model_args.vision_model,
                 model_args.text_model,

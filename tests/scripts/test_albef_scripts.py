@@ -57,12 +57,13 @@ def test_alpha_warms_up_over_the_first_epoch(pretrained):
     assert "pretraining" not in json.loads((folder / "model" / "config.json").read_text())
 
 
-def test_pretraining_goes_on_from_its_folder_with_twin_queue_and_step_count(pretrained, tmp_path):
+def test_pretraining_goes_on_from_its_folder_with_twin_queue_and_step_count(pretrained, tmp_path, capsys):
     from hf_vlp.models.albef.pretraining_albef import AlbefForPreTraining
 
     folder, _ = pretrained
-    options = ["--model_name_or_path", str(folder / "model"), *SILENT, "--alpha", "0.2"]
+    options = ["--model_name_or_path", str(folder / "model"), *SILENT, "--alpha", "0.2", "--size", "nano"]
     script("albef").main([*COMMON, *options, "--output_dir", str(tmp_path)])
+    assert "not used: --size (--model_name_or_path brings its own)" in capsys.readouterr().out
     model = AlbefForPreTraining.from_pretrained(tmp_path / "model")
     assert int(model.steps) == 3
     assert int(model.queue.position) == 18
@@ -72,7 +73,7 @@ def test_pretraining_goes_on_from_its_folder_with_twin_queue_and_step_count(pret
 @pytest.mark.parametrize(
     ("options", "terms"),
     [
-        (["--objectives", "itc"], {"itc"}),
+        (["--objectives", "itc", "--mlm_probability", "0.3"], {"itc"}),
         (["--objectives", "itc", "itm", "--negatives", "random"], {"itc", "itm"}),
         (["--distill", "false", "--momentum", "0.5", "--across_ranks", "local"], {"itc", "itm", "mlm"}),
     ],
@@ -84,6 +85,7 @@ def test_ablations(tmp_path, options, terms):
     assert ("eval_t2i_r1_itm" in metrics) == ("itm" in terms), "an untrained matching head ranks nothing"
     settings = json.loads((tmp_path / "checkpoint-2" / "config.json").read_text())["pretraining"]
     assert set(settings["objectives"]) == terms
+    assert settings["mlm_probability"] == (0.3 if "--mlm_probability" in options else 0.15)
     assert settings["negatives"] == ("random" if "random" in options else "hard")
     assert settings["distill"] is ("--distill" not in options)
     if "--distill" in options:
@@ -127,17 +129,24 @@ def test_fine_tuning(pretrained, tmp_path, name):
     assert scores[0].removeprefix("eval_") in (tmp_path / "model" / "README.md").read_text()
 
 
-def test_text_assignment_prepares_pairs_of_images(pretrained, tmp_path):
+def test_text_assignment_prepares_pairs_of_images(pretrained, tmp_path, capsys):
     folder, _ = pretrained
     options = [
         "--text_assignment",
         "--model_name_or_path",
         str(folder / "model"),
+        "--image_size",
+        "48",
+        "--alpha",
+        "0.2",
         "--output_dir",
         str(tmp_path / "ta"),
     ]
     metrics = script("albef").main([*COMMON, *options])
     assert "eval_loss_ta" in metrics
+    assert "not used: --alpha (text assignment has one term and no twin)" in capsys.readouterr().out
+    config = json.loads((tmp_path / "ta" / "model" / "config.json").read_text())
+    assert config["vision_config"]["image_size"] == 48
     command = ["--model_name_or_path", str(tmp_path / "ta" / "model"), *SILENT, "--output_dir", str(tmp_path / "out")]
     script("finetune_nlvr2").main([*COMMON, *command])
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
