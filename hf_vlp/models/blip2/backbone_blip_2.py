@@ -12,16 +12,9 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from hf_vlp.models.blip2.conversion_blip_2 import from_original, original_weights
+from hf_vlp.models.loading import MissingWeightsError
 
 SMALLEST_SANE_STD = 1e-6
-
-
-class MissingWeightsError(ValueError):
-    """A checkpoint lacks weights of the model that was asked for; `names` holds them."""
-
-    def __init__(self, message: str, names: Sequence[str]) -> None:
-        super().__init__(message)
-        self.names = tuple(names)
 
 
 class ImageTokenError(ValueError):

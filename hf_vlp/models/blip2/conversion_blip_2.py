@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_vlp.models.catalog import ARCHITECTURES, architecture_of
+from hf_vlp.models.loading import MissingWeightsError
 
 # Names by which an original checkpoint is known.
 _ORIGINAL_PREFIXES = ("Qformer.", "visual_encoder.", "ln_vision.", "opt_model.", "t5_model.", "opt_proj.", "t5_proj.")
@@ -469,8 +470,6 @@ def load_native_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -
     Raises:
         MissingWeightsError: `weights` lack some.
     """
-    from hf_vlp.models.blip2.backbone_blip_2 import MissingWeightsError
-
     head, embedding = "language_model.lm_head.weight", "language_model.shared.weight"
     if head in weights and embedding in weights and not torch.equal(weights[head], weights[embedding]):
         # transformers ties T5's output head to its embeddings whatever the config says.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, Blip2QFormerConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_vlp.models.catalog import ARCHITECTURES
+from hf_vlp.models.loading import load_backbone
 
 # Config entries that BERT and the Q-Former have in common.
 _SHARED_WITH_BERT = (
@@ -95,17 +96,18 @@ def load_vision_tower(
         cut has no `post_layernorm` among them, as that belonged to the last block.
 
     Raises:
+        MissingWeightsError: the checkpoint lacks weights of the tower.
         ValueError: the tower has no plain stack of blocks to be cut, or too few.
     """
     if isinstance(source, str):
         model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+        kind: Any = transformers.AutoModel
         if model_type in ("eva_clip", "blip2_any_vision"):
-            source = ARCHITECTURES[model_type].load("model").from_pretrained(source)
+            kind = ARCHITECTURES[model_type].load("model")
         elif model_type == "blip-2":
-            architecture = AutoConfig.from_pretrained(source).architectures[0]
-            source = getattr(transformers, architecture).from_pretrained(source)
-        else:
-            source = transformers.AutoModel.from_pretrained(source)
+            kind = getattr(transformers, AutoConfig.from_pretrained(source).architectures[0])
+        # A ViT's pooler stands behind the states that are read; many checkpoints have none.
+        source = load_backbone(kind, source, part="vision_model", optional=("pooler.",))
     if isinstance(source, PreTrainedConfig):
         tower, config, state = None, copy.deepcopy(source), {}
     else:
@@ -252,13 +254,17 @@ def start_from_vision_and_qformer(
 
     Args: as of `Blip2ForPreTraining.from_vision_qformer_pretrained`; `vocab_size` is the number of word embeddings, by
         default one more than BERT's, for [DEC].
+
+    Raises:
+        MissingWeightsError: a checkpoint lacks weights of the tower or of BERT.
     """
     vision_config, tower = load_vision_tower(vision, drop_last_layers)
     if image_size is not None:
         resize_tower(vision_config, tower, image_size)
     bert: Mapping[str, Tensor] = {}
     if isinstance(qformer, str):
-        qformer = AutoModelForMaskedLM.from_pretrained(qformer, dtype=torch.float32)
+        # Without BERT's prediction head that of image-grounded generation is new.
+        qformer = load_backbone(AutoModelForMaskedLM, qformer, optional=("cls.",), dtype=torch.float32)
     if isinstance(qformer, PreTrainedModel):
         bert, qformer = qformer.state_dict(), qformer.config
     native = vision_config.model_type == NATIVE_TOWER

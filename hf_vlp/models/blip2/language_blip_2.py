@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_vlp.models.blip2.processing_blip_2 import Blip2Processor
 from hf_vlp.models.generation_settings import drop_idle_settings
+from hf_vlp.models.loading import load_backbone
 
 
 class LabelError(ValueError):
@@ -31,12 +32,15 @@ def load_language_model(name: str | PreTrainedModel, **kwargs: Any) -> PreTraine
     Args:
         name: folder, Hub id, or the model itself.
         kwargs: for `from_pretrained` (`dtype`, `quantization_config`, ...).
+
+    Raises:
+        MissingWeightsError: the checkpoint lacks weights.
     """
     if not isinstance(name, str):
         return name
     config = AutoConfig.from_pretrained(name)
     auto = AutoModelForCausalLM if is_decoder_only(config) else AutoModelForSeq2SeqLM
-    return auto.from_pretrained(name, **kwargs)
+    return load_backbone(auto, name, **kwargs)
 
 
 def prepare_language_model(language_model: PreTrainedModel, processor: Blip2Processor) -> None:

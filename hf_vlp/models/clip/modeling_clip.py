@@ -10,6 +10,7 @@ from transformers import CLIPConfig, CLIPTextModel, CLIPVisionModel
 
 from hf_vlp.models.clip.initialization_clip import initialize_text_tower, initialize_vision_tower
 from hf_vlp.models.clip.retrieval_clip import DualEncoderRetrieval, require_one, trim_texts
+from hf_vlp.models.loading import load_backbone
 
 # Configs from before transformers 4.31 carry this wrong id; native code pools the highest id of the row for them.
 LEGACY_EOS_TOKEN_ID = 2
@@ -74,9 +75,12 @@ class CLIPModel(DualEncoderRetrieval, transformers.CLIPModel):
             text: the same for the text tower; None draws a text tower of `text_config` (locked-image tuning).
             text_config: sizes of a new text tower; ignored where `text` is given.
             projection_dim: width of the joint space, by default the vision checkpoint's.
+
+        Raises:
+            MissingWeightsError: a checkpoint lacks weights of its tower, as one of another type does.
         """
-        vision_model = CLIPVisionModel.from_pretrained(vision, dtype=torch.float32)
-        text_model = None if text is None else CLIPTextModel.from_pretrained(text, dtype=torch.float32)
+        vision_model = load_backbone(CLIPVisionModel, vision, dtype=torch.float32)
+        text_model = None if text is None else load_backbone(CLIPTextModel, text, dtype=torch.float32)
         config = CLIPConfig(
             vision_config=vision_model.config.to_dict(),
             text_config=(text_model.config if text_model else text_config or transformers.CLIPTextConfig()).to_dict(),
