@@ -346,11 +346,12 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def architecture_of(model: str | Path | Any) -> Architecture:
+def architecture_of(model: str | Path | Any, **where: Any) -> Architecture:
     """The catalogue row of a folder, a Hub id, a config or a model.
 
     Args:
         model: folder with a `config.json`, Hub id, `PreTrainedConfig`, or a model that has one.
+        where: where on the Hub (`revision`, `token`, …), as for `from_pretrained`.
 
     Raises:
         ValueError: the model type is not in the catalogue; the message lists those that are.
@@ -362,7 +363,7 @@ def architecture_of(model: str | Path | Any) -> Architecture:
         else:
             from transformers import PreTrainedConfig
 
-            model_type = PreTrainedConfig.get_config_dict(str(model))[0].get("model_type")
+            model_type = PreTrainedConfig.get_config_dict(str(model), **where)[0].get("model_type")
     else:
         model_type = getattr(model, "config", model).model_type
     if model_type not in ARCHITECTURES:

@@ -46,13 +46,12 @@ from hf_vlp.models.blip2.qformer import (
     text_pass,
 )
 from hf_vlp.models.catalog import load_class
+from hf_vlp.models.pretraining import hub_arguments
 from hf_vlp.models.retrieval import ImageEmbeds
 from hf_vlp.nn.packing import PackedTexts
 
 # What the class of a stage-1 checkpoint is called.
 STAGE1_ENDINGS = ("ForImageTextRetrieval", "Blip2ForPreTraining")
-# Arguments of `from_pretrained` that say where on the Hub a file is.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
 @dataclass
@@ -313,8 +312,8 @@ class Blip2ForConditionalGeneration(SoftPromptMixin, Blip2BackboneMixin, transfo
         """As `Blip2BackboneMixin.from_pretrained`; a stage-1 checkpoint is refused before anything is built."""
         source = pretrained_model_name_or_path
         if source is not None and kwargs.get("config") is None and not kwargs.get("allow_missing"):
-            hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-            found = (PreTrainedConfig.get_config_dict(source, **hub)[0].get("architectures") or [""])[0]
+            settings, _ = PreTrainedConfig.get_config_dict(source, **hub_arguments(kwargs))
+            found = (settings.get("architectures") or [""])[0]
             if found.endswith(STAGE1_ENDINGS):
                 raise MissingWeightsError(
                     f"{source} is a stage-1 checkpoint ({found}) and has no language_model; start stage 2 with "
@@ -340,8 +339,7 @@ class Blip2ForConditionalGeneration(SoftPromptMixin, Blip2BackboneMixin, transfo
                 `Blip2ForImageTextRetrieval`), or such a model, whose modules are then shared.
             language_model: folder or Hub id of any causal or encoder-decoder language model, or the model.
             processor: of stage 2 (`Blip2Processor.for_language_model`); tells the image token and the stop token. By
-                default
-                made from the tokenizer of `language_model`, if that is a folder or Hub id.
+                default made from the tokenizer of `language_model`, if that is a folder or Hub id.
             language_model_kwargs: for `from_pretrained` of the language model (`dtype`, `quantization_config`, ...).
 
         Raises:

@@ -1,5 +1,4 @@
-"""Stage 1 of BLIP-2 (arXiv 2301.12597, section 3.1): the Q-Former learns from ITC, ITM and ITG around a frozen "
-"tower."""
+"""Stage 1 of BLIP-2 (arXiv 2301.12597, section 3.1): a Q-Former learns from ITC, ITM and ITG before a frozen tower."""
 
 import copy
 import math
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, logging
 from transformers import initialization as init
@@ -30,7 +28,7 @@ from hf_vlp.models.blip2.qformer import (
     text_pass,
 )
 from hf_vlp.models.catalog import architecture_of
-from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin
+from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin, hub_arguments, read_extras
 from hf_vlp.nn.packing import PackedTexts
 from hf_vlp.objectives.contrastive import query_contrastive_loss
 from hf_vlp.objectives.distributed import batch_sizes, exchange_integers, gather, offset_of, world
@@ -47,8 +45,7 @@ class Blip2PreTrainingSettings:
     Attributes:
         objectives: which of the three terms make up the loss.
         gather_keys: gradient of ITC through the features that an anchor is compared with: `"exact"`, or `"detached"`
-            as
-            in LAVIS, where image-to-text trains the images only and text-to-image the texts only.
+            as in LAVIS, where image-to-text trains the images only and text-to-image the texts only.
         itc_label_smoothing: of the contrastive targets.
         itg_label_smoothing: of the next-token targets.
         temperature: initial value of the learnt divisor of the cosines.
@@ -218,20 +215,21 @@ class Blip2ForPreTraining(PreTrainingMixin, PreTrainedModel):
         fields = Blip2PreTrainingSettings.__dataclass_fields__
         settings = {key: kwargs.pop(key) for key in list(kwargs) if key in fields}
         kwargs.setdefault("dtype", torch.float32)
-        architecture = architecture_of(pretrained_model_name_or_path)
+        where = hub_arguments(kwargs)
+        architecture = architecture_of(pretrained_model_name_or_path, **where)
         config = kwargs.pop("config", None)
         if config is None:
-            config = architecture.load("config").from_pretrained(pretrained_model_name_or_path)
+            config = architecture.load("config").from_pretrained(pretrained_model_name_or_path, **where)
         if cls.__name__ in (config.architectures or []):
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **settings, **kwargs)
         retrieval = architecture.load("retrieval").from_pretrained(
             pretrained_model_name_or_path, *args, config=config, **kwargs
         )
         model = cls.from_inference_model(retrieval, **settings)
-        extras = Path(pretrained_model_name_or_path) / EXTRAS_FILE
+        extras = read_extras(pretrained_model_name_or_path, **where)
         original = original_weights(pretrained_model_name_or_path)
-        if extras.is_file():
-            model.load_extras(load_file(extras))
+        if extras:
+            model.load_extras(extras)
         elif original is not None:
             model.load_extras(from_original(original)[1])
         else:
@@ -262,8 +260,7 @@ class Blip2ForPreTraining(PreTrainingMixin, PreTrainedModel):
                 scratch.
             qformer: folder or Hub id of a BERT, such a model, or its config for a Q-Former from scratch.
             tokenizer: BERT's, with [DEC] (`Blip2Processor.for_retrieval` adds it); sets the size of the vocabulary
-                and the
-                token that ends a text. By default the one of `qformer`, if that is a folder or Hub id.
+                and the token that ends a text. By default the one of `qformer`, if that is a folder or Hub id.
             num_query_tokens: Q.
             cross_attention_frequency: every how many layers the queries look at the image.
             image_text_hidden_size: width of the contrastive features.
@@ -390,8 +387,7 @@ class Blip2ForPreTraining(PreTrainingMixin, PreTrainedModel):
             features: (B, 1 + patches, vision hidden) this rank's image features, and `images`, their keys and values.
             texts: this rank's texts.
             image_index: (B,) wrong image of each text; `text_index` (B,) wrong text of each image. Both into the
-                joined
-                batch of all ranks.
+                joined batch of all ranks.
 
         Returns:
             (3B, 2) logits and (3B,) labels.

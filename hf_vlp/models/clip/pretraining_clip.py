@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput
 
 from hf_vlp.models.catalog import ARCHITECTURES, architecture_of
 from hf_vlp.models.clip.modeling_clip import pooled_token_id
-from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin
+from hf_vlp.models.pretraining import PreTrainingMixin, hub_arguments, read_extras
 from hf_vlp.objectives.contrastive import GatherKeys, contrastive_loss, sigmoid_loss
 from hf_vlp.objectives.distributed import world
 
@@ -58,6 +57,8 @@ class ContrastiveSettings:
             raise ValueError(
                 "label_smoothing belongs to the softmax loss; the sigmoid loss has no distribution to smooth"
             )
+        if self.loss == "sigmoid" and self.gather_keys != "exact":
+            raise ValueError("gather_keys belongs to the softmax loss; the sigmoid loss compares all pairs exactly")
 
 
 @dataclass
@@ -183,7 +184,8 @@ class CLIPForPreTraining(PreTrainingMixin, PreTrainedModel):
         fields = ContrastiveSettings.__dataclass_fields__
         settings = {key: kwargs.pop(key) for key in list(kwargs) if key in fields}
         kwargs.setdefault("dtype", torch.float32)
-        architecture = architecture_of(pretrained_model_name_or_path)
+        where = hub_arguments(kwargs)
+        architecture = architecture_of(pretrained_model_name_or_path, **where)
         if architecture.model_type not in MODEL_TYPES:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is of type {architecture.model_type!r}; "
@@ -191,7 +193,7 @@ class CLIPForPreTraining(PreTrainingMixin, PreTrainedModel):
             )
         config = kwargs.pop("config", None)
         if config is None:
-            config = architecture.load("config").from_pretrained(pretrained_model_name_or_path)
+            config = architecture.load("config").from_pretrained(pretrained_model_name_or_path, **where)
         if cls.__name__ in (config.architectures or []):
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **settings, **kwargs)
         kwargs["output_loading_info"] = True
@@ -203,16 +205,7 @@ class CLIPForPreTraining(PreTrainingMixin, PreTrainedModel):
                 f"{sorted(info['missing_keys'])[:5]}, of another shape {sorted(map(str, info['mismatched_keys']))[:5]}"
             )
         wrapped = cls.from_inference_model(model, **settings)
-        where = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
-        extras = cached_file(
-            str(pretrained_model_name_or_path),
-            EXTRAS_FILE,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **where,
-        )
-        if extras is not None:
-            wrapped.load_extras(load_file(extras))
+        wrapped.load_extras(read_extras(pretrained_model_name_or_path, **where))
         return wrapped
 
     def load_extras(self, extras: Mapping[str, Tensor]) -> None:
