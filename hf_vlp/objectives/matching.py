@@ -151,10 +151,13 @@ def _find_offset(rows: int, columns: int, device: torch.device) -> int:
 
 def _weights(similarities: Tensor, true: Tensor, epsilon: float, softmax_over_positives: bool) -> Tensor:
     similarities = full_precision(similarities.detach())
+    others = similarities.masked_fill(true, -torch.inf).softmax(dim=1)
     if not softmax_over_positives:
-        similarities = similarities.masked_fill(true, -torch.inf)
-    weights = similarities.softmax(dim=1) + epsilon
-    return weights.masked_fill(true, 0.0)
+        return (others + epsilon).masked_fill(true, 0.0)
+    weights = (similarities.softmax(dim=1) + epsilon).masked_fill(true, 0.0)
+    # A true pair that wins by far, as at the end of a training, leaves the others less than a float can hold. Their
+    # odds are the same without it.
+    return torch.where(weights.sum(dim=1, keepdim=True) == 0, others, weights)
 
 
 def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
@@ -162,10 +165,7 @@ def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
     cumulative = weights.double().cumsum(dim=1)
     total = cumulative[:, -1:]
     if not bool((total > 0).all()):
-        raise ValueError(
-            "a row has no weight to draw a negative from: the similarities are not finite, or with "
-            "`softmax_over_positives` the true pair left nothing to the others, which an `epsilon` of 1e-4 prevents"
-        )
+        raise ValueError("a row has no weight to draw a negative from: the similarities are not finite")
     below = torch.nextafter(total, torch.zeros_like(total))
     target = torch.minimum(uniform[:, None] * total, below)
     return torch.searchsorted(cumulative, target, right=True).squeeze(1)

@@ -40,8 +40,7 @@ def test_never_a_true_pair(
         "image_ids": ids,
         "generator": generator,
         "epsilon": epsilon,
-        # Without an epsilon, a softmax that a true pair wins by far leaves no weight for the rest.
-        "softmax_over_positives": over_positives and epsilon > 0,
+        "softmax_over_positives": over_positives,
     }
     if len(ids.unique()) == 1:
         with pytest.raises(NoNegativesError, match="all of one image"):
@@ -134,13 +133,19 @@ def test_a_batch_without_negatives_raises(count: int) -> None:
         hard_negatives(similarities, similarities, image_ids=ids)
 
 
-def test_rows_without_weight_raise() -> None:
-    similarities = torch.eye(4) * 1e4
-    with pytest.raises(ValueError, match="no weight.*epsilon"):
+def test_a_true_pair_that_wins_by_far_changes_no_odds() -> None:
+    similarities = torch.tensor([[900.0, 1.0, 2.0], [3.0, 900.0, 3.0], [5.0, 4.0, 900.0]])
+    over = hard_negatives(similarities, similarities.t(), softmax_over_positives=True)
+    without = hard_negatives(similarities, similarities.t())
+    assert torch.equal(over.weights_i2t, without.weights_i2t)
+    assert torch.equal(over.weights_t2i, without.weights_t2i)
+
+
+def test_similarities_that_are_no_numbers_raise() -> None:
+    similarities = torch.eye(4)
+    similarities[2, 1] = torch.nan
+    with pytest.raises(ValueError, match="no weight.*not finite"):
         hard_negatives(similarities, similarities, softmax_over_positives=True)
-    similarities[2] = torch.nan
-    with pytest.raises(ValueError, match="not finite"):
-        hard_negatives(similarities, similarities)
 
 
 @pytest.mark.parametrize(
