@@ -25,6 +25,13 @@ TASKS = (
     "instructions",
 )
 
+# Task -> the file that goes with the one of --data.
+_COMPANIONS = {
+    "vqa": "answers of the questions, where they are not beside them ('none': only the questions)",
+    "dialog": "dense annotations of the dialogs, where they are not beside them",
+    "grounding": "instances that the refs of RefCOCO name, where they are not beside them",
+}
+
 _EXAMPLES = """\
   hf-vlp evaluate retrieval --model outputs/stage1/model --data pairs.parquet --split test --rerank 128
   hf-vlp evaluate captioning --model outputs/blip2 --data captions_val2014.json --image_root val2014 --output r.json
@@ -63,7 +70,16 @@ def main(argv: list[str]) -> int:
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     own: dict[str, str] = {}
     if task is not None:
-        own = add_options(command.add_argument_group(f"options of {task}"), task.replace("_", "-"))
+        group = command.add_argument_group(f"options of {task}")
+        own = add_options(group, task.replace("_", "-"))
+        if task in _COMPANIONS:
+            group.add_argument("--annotations", metavar="FILE", help=_COMPANIONS[task])
+        if task == "grounding":
+            group.add_argument(
+                "--box_format",
+                choices=("xyxy", "xywh"),
+                help="what the four numbers of a box mean in plain data: corners, or corner and size (xyxy)",
+            )
     options = command.parse_args(argv)
 
     from hf_vlp.evaluation import run_evaluation
@@ -73,6 +89,9 @@ def main(argv: list[str]) -> int:
         data_options["image_root"] = options.image_root
     if options.columns:
         data_options["columns"] = read_columns(options.columns)
+    for name in ("annotations", "box_format"):
+        if getattr(options, name, None) is not None:
+            data_options[name] = getattr(options, name)
     given = {name: getattr(options, name) for name in own if getattr(options, name, argparse.SUPPRESS) is not None}
     result = run_evaluation(
         options.task,

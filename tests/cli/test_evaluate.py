@@ -50,6 +50,24 @@ def test_options_arrive(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert json.loads(capsys.readouterr().out) == {"metrics": {"t2i_r1_itc": 0.5}}
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("vqa --annotations none", {"annotations": "none"}),
+        ("grounding --annotations i.json --box_format xywh", {"annotations": "i.json", "box_format": "xywh"}),
+        ("dialog", {}),
+    ],
+)
+def test_companions_of_annotation_files_arrive(
+    monkeypatch: pytest.MonkeyPatch, line: str, expected: dict[str, str]
+) -> None:
+    called: dict[str, Any] = {}
+    monkeypatch.setattr("hf_vlp.evaluation.run_evaluation", lambda *a, **k: called.update(k) or {}, raising=False)
+    assert main(["evaluate", *line.split(), "--model", "m", "--data", "d", "--json"]) == 0
+    assert called["data_options"] == expected
+    assert main(["evaluate", "retrieval", "--annotations", "a", "--model", "m", "--data", "d"]) == EXIT_USAGE
+
+
 def test_underscores_and_hyphens_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     monkeypatch.setattr(
