@@ -79,13 +79,13 @@ class QwenVLPreTrainedModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: folder or Hub id.
-            new_parameters (`bool`): allow freshly initialised parameters.
+            allow_missing (`bool`): initialise parameters that the checkpoint lacks at random.
             args, kwargs: see `PreTrainedModel.from_pretrained`.
 
         Raises:
             ValueError: the checkpoint lacks parameters of this class.
         """
-        allowed = kwargs.pop("new_parameters", False)
+        allowed = kwargs.pop("allow_missing", False)
         with_information = kwargs.pop("output_loading_info", False)
         model, information = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -95,7 +95,7 @@ class QwenVLPreTrainedModel(PreTrainedModel):
             shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             raise ValueError(
                 f"{pretrained_model_name_or_path} is no whole {cls.__name__}: it lacks {shown}. Pass "
-                "new_parameters=True to start these at random"
+                "allow_missing=True to start these at random"
             )
         return (model, information) if with_information else model
 
