@@ -14,7 +14,10 @@ from hf_vlp.models.blip2.initialization_blip_2 import load_vision_tower, start_f
 from hf_vlp.models.blip2.language_blip_2 import load_language_model
 from hf_vlp.models.clip.modeling_clip import CLIPModel
 from hf_vlp.models.eva_clip.modeling_eva_clip import EvaCLIPModel
+from hf_vlp.models.llava.initialization_llava import load_vision_tower as llava_tower
+from hf_vlp.models.llava.modeling_llava import LlavaForConditionalGeneration
 from hf_vlp.models.loading import MissingWeightsError
+from hf_vlp.models.qwen_vl.initialization_qwen_vl import from_vision_language_pretrained as new_qwen_vl
 from tests.tiny import blip2
 from tests.tiny import clip as tiny_clip
 
@@ -87,6 +90,8 @@ def without(folder: Path, dropped: str) -> int:
         (bert, start, "encoder.layer.0.output"),
         (opt, load_language_model, "layers.1.fc1"),
         (t5, load_language_model, "decoder.block.0"),
+        (clip, llava_tower, "vision_model.encoder.layers.1.mlp"),
+        (vit, llava_tower, "layer.1."),
     ],
 )
 def test_a_backbone_that_did_not_load_is_refused(
@@ -100,6 +105,15 @@ def test_a_backbone_that_did_not_load_is_refused(
     with pytest.raises(MissingWeightsError, match=f"{tmp_path.name} lacks weights of .*stay random") as found:
         load(str(tmp_path))
     assert len(found.value.names) == gone
+
+
+@pytest.mark.parametrize("build", [LlavaForConditionalGeneration.from_vision_language_pretrained, new_qwen_vl])
+def test_the_language_model_of_a_chat_model_is_whole(tmp_path: Path, build: Callable[..., Any]) -> None:
+    opt(tmp_path)
+    assert without(tmp_path, "layers.1.fc1")
+    tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIZES, image_size=16, patch_size=8))
+    with pytest.raises(MissingWeightsError, match="lacks weights of OPTForCausalLM"):
+        build(tower, str(tmp_path), object())
 
 
 def test_a_tower_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from hf_vlp.models.llava.processing_llava import (
     LlavaProcessorMixin,
     square_size,
 )
+from hf_vlp.models.loading import MissingWeightsError, load_backbone
 
 Connector = Literal["linear", "mlp"]
 # Largest relative difference between the text-only logits of the language model alone and inside LLaVA.
@@ -34,6 +35,7 @@ def load_vision_tower(vision: str | PreTrainedModel, **kwargs: Any) -> PreTraine
     """The vision model of a folder or Hub id: of a dual encoder its image side, else the model itself.
 
     Raises:
+        MissingWeightsError: the checkpoint lacks weights of the tower.
         ValueError: transformers has no vision model for it, or its output is no sequence of patches.
     """
     if isinstance(vision, PreTrainedModel):
@@ -52,7 +54,10 @@ def load_vision_tower(vision: str | PreTrainedModel, **kwargs: Any) -> PreTraine
             "a vision transformer (CLIP, SigLIP, DINOv2, ViT)"
         )
     try:
-        return AutoModel.from_pretrained(vision, config=config, **kwargs)
+        # Hidden states are read, behind which a ViT's pooler stands.
+        return load_backbone(AutoModel, vision, optional=("pooler.",), config=config, **kwargs)
+    except MissingWeightsError:
+        raise
     except ValueError as error:
         raise ValueError(
             f"transformers has no vision model of type {config.model_type!r}, so {vision} cannot be a tower of the "
@@ -149,7 +154,7 @@ def model_from_parts(
             image_processor=AutoImageProcessor.from_pretrained(vision),
         )
     if isinstance(language_model, str):
-        language_model = AutoModelForCausalLM.from_pretrained(language_model, **language_model_options)
+        language_model = load_backbone(AutoModelForCausalLM, language_model, **language_model_options)
     head = _plain_head(language_model)
     probe = torch.arange(min(8, head.out_features))[None].to(language_model.device)
     before = _logits(language_model, probe)

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers import initialization as init
 
 from hf_vlp.models.generation_settings import drop_idle_settings
+from hf_vlp.models.loading import load_backbone
 
 from .configuration_qwen_vl import QwenVLConfig, QwenVLVisionConfig
 from .modeling_qwen_vl import QwenVLForConditionalGeneration
@@ -97,12 +98,12 @@ def from_vision_language_pretrained(
     """
     if isinstance(language_model, str):
         AutoConfig.from_pretrained(language_model)
-        language_model = AutoModelForCausalLM.from_pretrained(language_model, **language_model_kwargs)
+        language_model = load_backbone(AutoModelForCausalLM, language_model, **language_model_kwargs)
     state: dict[str, Tensor] = {}
     if isinstance(vision, QwenVLVisionConfig):
         settings = {k: v for k, v in vision.to_dict().items() if k not in ("output_dim", "resampler_heads")}
     else:
-        tower = AutoModel.from_pretrained(vision) if isinstance(vision, str) else vision
+        tower = load_backbone(AutoModel, vision, part="vision_model") if isinstance(vision, str) else vision
         settings, state = vision_from_clip(tower, num_positions)
     settings |= {
         "num_query_tokens": num_query_tokens,
