@@ -1,9 +1,12 @@
 """The options of the job, as the script and `hf-vlp capfilt` take them, and the job that they describe."""
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
+
+logger = logging.getLogger(__name__)
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -83,9 +86,11 @@ def run_arguments(arguments: CapFiltArguments, say: Callable[[str], None] | None
         raise ValueError("--data is missing: the web data to caption and filter")
     if arguments.captioner is None and arguments.filter is None:
         raise ValueError("give --captioner, --filter, or both; without either the set would be the data itself")
+    for line in unused_options(arguments):
+        (say or logger.warning)(line)
 
     from hf_vlp.bootstrapping.captioner import Captioner, CaptionSettings
-    from hf_vlp.bootstrapping.job import CapFiltSettings, capfilt
+    from hf_vlp.bootstrapping.job import CapFiltSettings, Pace, capfilt
     from hf_vlp.bootstrapping.sources import HUMAN, WEB, open_source
     from hf_vlp.bootstrapping.text_filter import FilterSettings, TextFilter
     from hf_vlp.data import RecordLimits
@@ -93,6 +98,7 @@ def run_arguments(arguments: CapFiltArguments, say: Callable[[str], None] | None
 
     # Before the models are loaded, which takes longer.
     settings = CapFiltSettings(arguments.seed, arguments.unit_size, arguments.format, arguments.gallery)
+    pace = Pace(arguments.batch_size, arguments.text_batch_size, arguments.workers)
     limits = RecordLimits(max_bad_rate=arguments.max_bad_rate, max_pixels=arguments.max_pixels)
     captions = CaptionSettings(
         method=arguments.method,
@@ -116,7 +122,7 @@ def run_arguments(arguments: CapFiltArguments, say: Callable[[str], None] | None
     ):
         for spec in specs:
             options: dict[str, Any] = {}
-            if spec.partition(":")[0] == "shapes":
+            if _is_shapes(spec):
                 options = {"seed": arguments.seed, **_values("--shapes", arguments.shapes)}
             try:
                 source = open_source(
@@ -124,11 +130,13 @@ def run_arguments(arguments: CapFiltArguments, say: Callable[[str], None] | None
                     origin,
                     split,
                     streaming=arguments.streaming,
-                    columns=_pairs("--columns", columns) or None,
+                    columns=_pairs("--columns" if origin == WEB else "--human_columns", columns) or None,
                     image_root=arguments.image_root,
                     **options,
                 )
             except TypeError as error:
+                if not options:
+                    raise
                 raise ValueError(f"--shapes: {error}") from error
             sources.append(source)
     captioner = text_filter = None
@@ -145,12 +153,38 @@ def run_arguments(arguments: CapFiltArguments, say: Callable[[str], None] | None
         text_filter=text_filter,
         settings=settings,
         limits=limits,
-        batch_size=arguments.batch_size,
-        text_batch_size=arguments.text_batch_size,
-        workers=arguments.workers,
+        **asdict(pace),
         log_seconds=arguments.log_seconds,
         say=say,
     )
+
+
+def _is_shapes(spec: str) -> bool:
+    return spec.partition(":")[0] == "shapes"
+
+
+def unused_options(arguments: CapFiltArguments) -> list[str]:
+    """A line for each group of options that were given and that nothing looks at."""
+    defaults = CapFiltArguments()
+    captions = (
+        "method top_p temperature top_k samples num_beams max_new_tokens min_new_tokens repetition_penalty prompt"
+    )
+    writes = arguments.captioner and arguments.method
+    shapes = any(_is_shapes(spec) for spec in (*arguments.data, *arguments.human_data))
+    groups = (
+        ("there is no --captioner", arguments.captioner, captions),
+        ("there is no --filter", arguments.filter, "itm_threshold itc_threshold max_length"),
+        ("there is no --human_data", arguments.human_data, "human_columns human_split"),
+        ("no data is Shapes", shapes, "shapes"),
+        ("beams are not sampled", writes != "beam", "top_p temperature top_k"),
+        ("samples have no beams", writes != "nucleus", "num_beams"),
+    )
+    lines = []
+    for reason, used, names in groups:
+        given = [f"--{name}" for name in names.split() if getattr(arguments, name) != getattr(defaults, name)]
+        if given and not used:
+            lines.append(f"not used: {', '.join(given)} ({reason})")
+    return lines
 
 
 def _pairs(flag: str, entries: list[str]) -> dict[str, str]:

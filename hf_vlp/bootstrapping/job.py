@@ -1,6 +1,7 @@
 """The CapFilt job: reads sources in units, captions, filters, and writes the next pretraining set."""
 
 import logging
+import math
 import secrets
 import time
 from collections import deque
@@ -64,6 +65,29 @@ class CapFiltSettings:
             raise ValueError(f"gallery={self.gallery}: it must not be negative")
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How much is done at a time. Decides nothing about the set.
+
+    Attributes:
+        batch_size: images at a time.
+        text_batch_size: texts that the filter compares at a time.
+        workers: threads that decode and resize; 0 for none.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    batch_size: int = 32
+    text_batch_size: int = 128
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("text_batch_size", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be at least {least}")
+
+
 def capfilt(
     output: str | Path,
     sources: Sequence[Source],
@@ -106,14 +130,17 @@ def capfilt(
         SettingsChanged: the folder was begun with other settings, models or data.
         ErrorRateExceeded: too many bad records.
         JobError: another process failed, the models differ between processes, or the folder holds something else.
-        ValueError: no sources.
+        ValueError: no sources, or a value out of range.
     """
-    job = _Job(Path(output), sources, captioner, text_filter, settings or CapFiltSettings(), limits or RecordLimits())
-    job.batch_size, job.text_batch_size, job.workers = batch_size, text_batch_size, workers
-    if batch_size < 1 or text_batch_size < 1 or workers < 0:
-        raise ValueError(
-            f"batch_size={batch_size}, text_batch_size={text_batch_size}: at least 1; workers not negative"
-        )
+    job = _Job(
+        Path(output),
+        sources,
+        captioner,
+        text_filter,
+        settings or CapFiltSettings(),
+        limits or RecordLimits(),
+        Pace(batch_size, text_batch_size, workers),
+    )
     return job.run(log_seconds, say or logger.info)
 
 
@@ -164,14 +191,14 @@ class _Job:
         text_filter: TextFilter | None,
         settings: CapFiltSettings,
         limits: RecordLimits,
+        pace: Pace,
     ) -> None:
         if not sources:
             raise ValueError("there are no sources: give at least one of images and texts")
-        self.output, self.settings, self.limits = output, settings, limits
+        self.output, self.settings, self.limits, self.pace = output, settings, limits, pace
         self.captioner, self.filter = captioner, text_filter
         self.sources = _numbered(sources)
         self.ledger = Ledger(output)
-        self.batch_size, self.text_batch_size, self.workers = 32, 128, 0
         # Fast tokenizers must not be used from two threads at once.
         self._processing = Lock()
 
@@ -230,7 +257,7 @@ class _Job:
                     stack.enter_context(evaluating(part.model))
             if self.captioner is not None:
                 stack.enter_context(prompts_end_together(self.captioner.model, self.captioner.processor))
-            pool = stack.enter_context(ThreadPoolExecutor(max(1, self.workers)))
+            pool = stack.enter_context(ThreadPoolExecutor(max(1, self.pace.workers)))
             for source in self.sources:
                 for unit in source.units(self.settings.unit_size, rank, world_size, self.ledger.done):
                     entry = self._unit(source, unit, pool, progress)
@@ -271,16 +298,16 @@ class _Job:
         """The batches of a unit in order, prepared ahead of time by the threads of the pool."""
         shown = sampled(unit.name, len(unit.rows), sample_size(self.settings.gallery, unit.name))
         parts = [
-            (source, unit, shown, list(part)) for part in chunks(range(len(unit.rows)), self.batch_size)
+            (source, unit, shown, list(part)) for part in chunks(range(len(unit.rows)), self.pace.batch_size)
         ]  # fmt: skip
-        if not self.workers:
+        if not self.pace.workers:
             yield from (self._prepare(*part) for part in parts)
             return
         waiting: deque[Future[_Batch]] = deque()
         try:
             for part in parts:
                 waiting.append(pool.submit(self._prepare, *part))
-                if len(waiting) > 2 * self.workers:
+                if len(waiting) > 2 * self.pace.workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -388,7 +415,7 @@ class _Job:
             [self.filter.embed(batch.filter) for batch in batches],
             [number for number, _ in asked],
             [text.text for _, text in asked],
-            self.text_batch_size,
+            self.pace.text_batch_size,
         )
         for (_, text), score in zip(asked, scores, strict=True):
             text.score, text.reason = score, self.filter.verdict(score)
@@ -523,7 +550,7 @@ def _counted(records: Sequence[_Record]) -> dict[str, Counts]:
             if text.score is not None:
                 # Probabilities lie in [0, 1], cosines in [-1, 1].
                 share = text.score.itm if text.score.itm is not None else (text.score.itc + 1) / 2
-                if share == share:
+                if not math.isnan(share):
                     counts.histogram[min(BINS - 1, int(share * BINS))] += 1
     return counted
 

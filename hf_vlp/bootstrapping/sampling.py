@@ -47,7 +47,7 @@ class SeededNucleus(LogitsProcessor):
         ValueError: `top_p` outside of (0, 1], `temperature` not positive, `top_k` negative.
     """
 
-    # Compatible with assisted or continuous batching it is not: rows must stay in place from step to step.
+    # Rows must stay in place from step to step, which continuous batching does not promise.
     supports_continuous_batching = False
 
     def __init__(self, seeds: Sequence[int], *, top_p: float = 0.9, temperature: float = 1.0, top_k: int = 0) -> None:

@@ -27,7 +27,7 @@ class FilterSettings:
         max_length: longest text in tokens, cut beyond; None for what the model allows.
 
     Raises:
-        ValueError: neither threshold, or one out of range.
+        ValueError: neither threshold, or a value out of range.
     """
 
     itm_threshold: float | None = 0.5
@@ -43,6 +43,8 @@ class FilterSettings:
             raise ValueError(f"itm_threshold={self.itm_threshold} is not a probability")
         if self.itc_threshold is not None and not -1.0 <= self.itc_threshold <= 1.0:
             raise ValueError(f"itc_threshold={self.itc_threshold} is not a cosine, between -1 and 1")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length={self.max_length}: a text has at least one token")
 
 
 @dataclass(frozen=True)

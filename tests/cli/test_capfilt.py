@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_vlp.bootstrapping.arguments import CapFiltArguments
+from hf_vlp.bootstrapping.arguments import CapFiltArguments, unused_options
 from hf_vlp.cli.errors import EXIT_FAILED, EXIT_USAGE
 from hf_vlp.cli.main import main
 from hf_vlp.data import load_pairs
@@ -94,6 +94,10 @@ def test_help_has_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         ("--data shapes --filter f --shapes size", "--shapes takes NAME=VALUE"),
         ("--data shapes --captioner c --top_p 1.5", "top_p=1.5"),
         ("--data shapes --filter f --itm_threshold -1", "no threshold"),
+        ("--data shapes --filter f --max_length 0", "max_length=0"),
+        ("--data shapes --filter f --text_batch_size 0", "text_batch_size=0"),
+        ("--data shapes --filter f --workers -1", "workers=-1"),
+        ("--data shapes --human_data shapes --filter f --human_columns text", "--human_columns takes NAME=VALUE"),
         ("--data no/such/folder --filter f", "no/such/folder"),
         ("--data shapes --filter f --shapes colour=red", "colour"),
     ],
@@ -109,13 +113,38 @@ def test_what_is_missing_or_wrong_is_named(
     assert not (tmp_path / "set").exists()
 
 
+def test_options_that_nothing_looks_at_are_named() -> None:
+    assert unused_options(CapFiltArguments(data=["shapes"], captioner="c", filter="f", shapes=["size=3"])) == []
+    arguments = CapFiltArguments(
+        data=["web"],
+        captioner="c",
+        method="beam",
+        top_p=0.5,
+        max_length=9,
+        human_columns=["text=a"],
+        shapes=["size=3"],
+    )
+    assert unused_options(arguments) == [
+        "not used: --max_length (there is no --filter)",
+        "not used: --human_columns (there is no --human_data)",
+        "not used: --shapes (no data is Shapes)",
+        "not used: --top_p (beams are not sampled)",
+    ]
+    filtered = CapFiltArguments(data=["web"], filter="f", top_k=50, num_beams=5)
+    assert unused_options(filtered) == ["not used: --top_k, --num_beams (there is no --captioner)"]
+    sampled = CapFiltArguments(data=["web"], captioner="c", num_beams=5)
+    assert unused_options(sampled) == ["not used: --num_beams (samples have no beams)"]
+
+
 def test_a_model_without_the_role_is_named(
     models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tiny.save(tiny.clip(), tmp_path / "clip")
     line = ["capfilt", "--data", "shapes", "--shapes", "size=2", "--output", str(tmp_path / "set")]
-    assert main([*line, "--captioner", str(folder)]) == EXIT_FAILED
-    assert "has no 'captioning' class" in capsys.readouterr().err
+    assert main([*line, "--captioner", str(folder), "--max_length", "9"]) == EXIT_FAILED
+    printed = capsys.readouterr()
+    assert "has no 'captioning' class" in printed.err
+    assert "not used: --max_length (there is no --filter)" in printed.out
     assert main([*line, "--filter", str(folder)]) == EXIT_FAILED
     assert "no matching head" in capsys.readouterr().err
 
