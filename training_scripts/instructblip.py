@@ -7,7 +7,7 @@ The paper's setting (16 A100 40G, under 1.5 days for the largest), from a BLIP-2
     accelerate launch --num_processes 16 training_scripts/instructblip.py \
         --config training_scripts/instructblip_paper.yaml --stage1 outputs/stage1/model \
         --language_model lmsys/vicuna-7b-v1.3 --output_dir outputs/instructblip \
-        --sources captioning=coco.json vqa=vqav2 knowledge_vqa=okvqa.json conversation=llava_instruct_150k.json
+        --sources captioning=coco.json vqa=path/to/vqav2 knowledge_vqa=okvqa.json conversation=llava_instruct_150k.json
 
 --stage instruct   Q-Former, queries, projection and the LayerNorm behind the tower learn, as in the authors' code
 --stage qformer    without that LayerNorm
@@ -22,6 +22,8 @@ from typing import Any, ClassVar
 from transformers import AutoTokenizer, set_seed
 
 from hf_vlp.data import InstructionCollator, InstructionDataset, InstructionSource, load_pairs, load_task
+from hf_vlp.data.conversations import load_conversations
+from hf_vlp.data.instructions import TASK_FAMILIES
 from hf_vlp.models.blip2.processing_blip_2 import Blip2Processor
 from hf_vlp.models.catalog import load_class
 from hf_vlp.models.instructblip.modeling_instructblip import InstructBlipForConditionalGeneration
@@ -30,7 +32,7 @@ from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, app
 from hf_vlp.training.arguments import option, run_settings
 from hf_vlp.training.data import main_process_first
 from hf_vlp.training.evaluators import TaskEvaluator
-from hf_vlp.training.instructions import ConversationArguments, conversation_rows
+from hf_vlp.training.instructions import ShapesConversations, conversation_rows
 from hf_vlp.training.launch import say
 from hf_vlp.training.lora import LoraArguments, add_lora, language_model_options
 
@@ -50,7 +52,7 @@ class ModelArguments:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     data, conversations, model_args, lora, args = parse_arguments(
-        (DataArguments, ConversationArguments, ModelArguments, LoraArguments, VLPTrainingArguments),
+        (DataArguments, ShapesConversations, ModelArguments, LoraArguments, VLPTrainingArguments),
         argv,
         description=__doc__,
     )
@@ -132,26 +134,31 @@ def source_of(entry: str, data: DataArguments, seed: int) -> InstructionSource:
     """`FAMILY=DATA@WEIGHT` as a source.
 
     Raises:
-        SystemExit: the entry is of another form; ValueError: unknown family, or an empty data set.
+        SystemExit: the entry is of another form, or of an unknown family.
+        ValueError: the data set is empty, or the weight not positive.
     """
     family, separator, spec = entry.partition("=")
     if not separator or not spec:
         raise SystemExit(f"instructblip.py: --sources takes FAMILY=DATA, e.g. vqa=questions.json, not {entry!r}")
+    if family not in TASK_FAMILIES:
+        raise SystemExit(f"instructblip.py: --sources: no family {family!r}; there are {', '.join(TASK_FAMILIES)}")
     spec, _, weight = spec.partition("@")
+    try:
+        share = float(weight) if weight else 1.0
+    except ValueError:
+        raise SystemExit(f"instructblip.py: --sources {entry}: the weight {weight!r} is no number") from None
     options: dict[str, Any] = {"image_root": data.image_root, "seed": seed}
     if spec == "shapes":
         options |= {"preset": data.shapes_preset} | ({"size": data.shapes_size} if data.shapes_size else {})
     if family in ("captioning", "text_captioning", "classification"):
         rows = load_pairs(spec, data.train_split, **options)
     elif family == "conversation":
-        from hf_vlp.data.conversations import load_conversations
-
         rows = load_conversations(spec, data.train_split, **options)
     else:
         rows = load_task("dialog" if family == "dialog" else "vqa", spec, data.train_split, **options)
     if data.max_train_samples is not None:
         rows = rows.select(range(min(data.max_train_samples, len(rows))))
-    return InstructionSource(family, rows, name=entry, weight=float(weight) if weight else 1.0)
+    return InstructionSource(family, rows, name=entry, weight=share)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,12 @@ from hf_vlp.training.adapters import save_adapters
 from hf_vlp.training.arguments import option, run_settings
 from hf_vlp.training.data import main_process_first
 from hf_vlp.training.evaluators import TaskEvaluator
-from hf_vlp.training.instructions import ConversationArguments, conversation_dataset, conversation_rows
+from hf_vlp.training.instructions import (
+    ConversationArguments,
+    conversation_dataset,
+    conversation_rows,
+    stop_at_turns,
+)
 from hf_vlp.training.launch import say
 from hf_vlp.training.lora import LoraArguments, add_lora, language_model_options
 
@@ -67,13 +72,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # 2. Processor and model
     processor = use_template(load_class(start, "processor").from_pretrained(start), conversations.template)
     model = load_class(start, "model").from_pretrained(start, **{"dtype": "float32", **precision(lora)})
+    stop_at_turns(model, processor, conversations.template)
     say(apply_stage(model, args.stage or ("stage2_lora" if lora.lora_r else "stage2")))
     adapted = add_lora(model, lora)
     if adapted:
         say(f"  LoRA of rank {lora.lora_r} on {len(adapted)} layers of the language model, e.g. {adapted[0]}")
 
     # 3. Datasets and collator
-    train = conversation_dataset(rows, seed=args.seed, transform=data.transform(model.config.vision_config.image_size))
+    train = conversation_dataset(
+        rows,
+        seed=args.seed,
+        transform=data.transform(model.config.vision_config.image_size),
+        group_for=processor if conversations.group_by_length else None,
+    )
     evaluation = conversation_dataset(eval_rows, seed=args.seed) if eval_rows is not None else None
     collator = ConversationCollator(
         processor,

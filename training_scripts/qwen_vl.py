@@ -34,7 +34,7 @@ from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, app
 from hf_vlp.training.arguments import option, run_settings
 from hf_vlp.training.data import main_process_first, pair_dataset
 from hf_vlp.training.evaluators import CaptioningEvaluator, TaskEvaluator
-from hf_vlp.training.instructions import ConversationArguments, conversation_dataset, conversation_rows
+from hf_vlp.training.instructions import ConversationBatches, conversation_dataset, conversation_rows
 from hf_vlp.training.launch import say
 from hf_vlp.training.lora import LoraArguments, add_lora, language_model_options
 
@@ -56,7 +56,7 @@ class ModelArguments:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     data, conversations, model_args, lora, args = parse_arguments(
-        (DataArguments, ConversationArguments, ModelArguments, LoraArguments, VLPTrainingArguments),
+        (DataArguments, ConversationBatches, ModelArguments, LoraArguments, VLPTrainingArguments),
         argv,
         description=__doc__,
     )
@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         raise SystemExit("qwen_vl.py: --vision_model and --language_model are missing (or --model_name_or_path)")
     if not start and stage != "pretrain":
         raise SystemExit(f"qwen_vl.py: stage {stage} goes on from an earlier one: --model_name_or_path is missing")
+    if stage == "pretrain" and (conversations.pack_to is not None or conversations.group_by_length):
+        raise SystemExit("qwen_vl.py: --pack_to and --group_by_length are for conversations; pretrain reads captions")
     set_seed(args.seed)
 
     # 1. Data
@@ -112,7 +114,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             options = {"prompt": model_args.prompt}
             evaluator = CaptioningEvaluator(processor, eval_rows, args.per_device_eval_batch_size, options)
     else:
-        train = conversation_dataset(rows, seed=args.seed, transform=transform)
+        grouped = processor if conversations.group_by_length else None
+        train = conversation_dataset(rows, seed=args.seed, transform=transform, group_for=grouped)
         collator = ConversationCollator(
             processor,
             template="qwen_vl",

@@ -3,6 +3,7 @@
 <folder>/adapters.json                the base and its architecture
 <folder>/language_model_adapter/      the adapters in peft's format
 <folder>/trained.safetensors          every other weight that was trained (the projector, a newline, …), by name
+<folder>/generation_config.json       where answers end, which the template of the run decides
 """
 
 import json
@@ -12,12 +13,14 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import GenerationConfig
 
 from hf_vlp.models.catalog import architecture_of
 from hf_vlp.training.lora import ADAPTER_FOLDER, load_adapter, lora_layers, merge, save_adapter
 
 INDEX_FILE = "adapters.json"
 TRAINED_FILE = "trained.safetensors"
+GENERATION_FILE = "generation_config.json"
 
 
 class AdapterFolderError(ValueError):
@@ -45,6 +48,7 @@ def save_adapters(model: nn.Module, folder: str | Path, *, base: str | Path) -> 
         if parameter.requires_grad and ".lora_" not in name
     }
     save_file(trained, folder / TRAINED_FILE, metadata={"format": "pt"})
+    model.generation_config.save_pretrained(folder)
     base = str(base)
     index = {
         "base": os.path.relpath(base, folder) if Path(base).is_dir() else base,
@@ -96,6 +100,8 @@ def load_adapters(model: nn.Module, folder: str | Path) -> nn.Module:
         )
     load_adapter(model, folder / ADAPTER_FOLDER)
     model.load_state_dict(trained, strict=False)
+    if (folder / GENERATION_FILE).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 

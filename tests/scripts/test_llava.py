@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from hf_vlp.cli.main import main as command
+from hf_vlp.data.conversations import make_template
 from hf_vlp.models.clip.image_processing_clip import CLIPImageProcessorPil
 from tests.scripts.running import COMMON, script
 from tests.tiny import llava as tiny
@@ -37,14 +38,18 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict
         folder / "vision"
     )
     words = tiny.tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tiny.language_model(len(words)).save_pretrained(folder / "language")
     words.save_pretrained(folder / "language")
     start = ["--model_name_or_path", str(folder / "stage1" / "model"), *INSTRUCTIONS]
     rates = ["--part_learning_rates", "model.multi_modal_projector=1e-4"]
     commands = {
         "stage1": ["--vision_model", str(folder / "vision"), "--language_model", str(folder / "language")],
-        "stage2": [*start, *rates],
-        "lora": [*start, *rates, "--lora_r", "2", "--pack_to", "400", "--lora_targets", "q_proj", "down_proj"],
+        "stage2": [*start, *rates, "--template", "mpt", "--group_by_length", "true"],
+        "lora": [
+            *[*start, *rates, "--template", "llama_2", "--pack_to", "400"],
+            *["--lora_r", "2", "--lora_targets", "q_proj", "down_proj"],
+        ],
     }
     metrics = {
         name: script("llava_stage1" if name == "stage1" else "llava_stage2").main(
@@ -75,9 +80,25 @@ def test_what_changes_in_each_stage(line) -> None:
     assert all("projector" in key or "q_proj" in key or "down_proj" in key for key in changed["lora"])
 
 
+@pytest.mark.parametrize(("run", "template"), [("stage2", "mpt"), ("lora", "llama_2")])
+def test_what_is_exported_prompts_and_stops_as_it_was_trained(line, run: str, template: str) -> None:
+    model = line[0] / run / "model"
+    processor = AutoProcessor.from_pretrained(model)
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is this ?"}]}]
+    expected = make_template(template, processor).prompt(asked).text
+    assert processor.apply_chat_template(asked, add_generation_prompt=True) == expected
+    ends = AutoModelForImageTextToText.from_pretrained(model).generation_config.eos_token_id
+    stop = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ends == ([2, stop] if template == "mpt" else 2)
+
+
 def test_adapters_merge_to_the_exported_model(line, tmp_path: Path) -> None:
     folder, _ = line
     assert command(["merge", str(folder / "lora" / "adapters"), str(tmp_path / "merged")]) == 0
+    templates = [
+        AutoProcessor.from_pretrained(path).chat_template for path in (tmp_path / "merged", folder / "lora" / "model")
+    ]
+    assert templates[0] == templates[1]
     merged, exported = (
         load_file(path / "model.safetensors") for path in (tmp_path / "merged", folder / "lora" / "model")
     )
@@ -108,3 +129,16 @@ def test_missing_parts() -> None:
         script("llava_stage1").main(["--output_dir", "x"])
     with pytest.raises(SystemExit, match="llava_stage1"):
         script("llava_stage2").main(["--output_dir", "x"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--template", "nonsense"], "unknown template 'nonsense'; there are chat, "),
+        (["--group_by_length", "true", "--pack_to", "64"], "packed rows have no padding"),
+    ],
+)
+def test_options_that_cannot_be(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        script("llava_stage2").main(["--output_dir", "x", "--model_name_or_path", "x", "--use_cpu", *options])
+    assert message in capsys.readouterr().err

@@ -68,7 +68,7 @@ def test_qwen_vl_in_three_stages(parts: Path, tmp_path: Path) -> None:
     metrics = run(
         [
             *COMMON, "--stage", "multitask", "--model_name_or_path", str(tmp_path / "1" / "model"), "--image_size",
-            "48", "--pack_to", "256", "--output_dir", str(tmp_path / "2"),
+            "48", "--group_by_length", "true", "--output_dir", str(tmp_path / "2"),
         ]
     )  # fmt: skip
     assert 0 <= metrics["eval_exact"] <= 1
@@ -78,6 +78,7 @@ def test_qwen_vl_in_three_stages(parts: Path, tmp_path: Path) -> None:
     run(
         [
             *COMMON, "--stage", "sft", "--model_name_or_path", str(tmp_path / "2" / "model"), "--lora_r", "2",
+            "--pack_to", "256",
             "--eval_split", "none", "--output_dir", str(tmp_path / "3"),
         ]
     )  # fmt: skip
@@ -94,8 +95,15 @@ def test_qwen_vl_in_three_stages(parts: Path, tmp_path: Path) -> None:
         ("instructblip", [], "--stage1 and --language_model are missing"),
         ("instructblip", ["--model_name_or_path", "x", "--streaming", "--max_steps", "1"], "data sets of known size"),
         ("instructblip", ["--model_name_or_path", "x", "--sources", "vqa"], "takes FAMILY=DATA"),
+        (
+            "instructblip",
+            ["--model_name_or_path", "x", "--sources", "vqqa=shapes"],
+            "no family 'vqqa'; there",
+        ),
+        ("instructblip", ["--model_name_or_path", "x", "--sources", "vqa=shapes@two"], "weight 'two' is no number"),
         ("qwen_vl", [], "--vision_model and --language_model are missing"),
         ("qwen_vl", ["--stage", "sft", "--vision_model", "x", "--language_model", "y"], "goes on from an earlier one"),
+        ("qwen_vl", ["--model_name_or_path", "x", "--pack_to", "64"], "pretrain reads captions"),
     ],
 )
 def test_what_is_missing_is_said(name: str, arguments: list[str], message: str) -> None:

@@ -38,6 +38,7 @@ def llava_trainer(
     *,
     lora_r: int = 0,
     pack_to: int | None = None,
+    group_by_length: bool = False,
     stage: str | None = None,
     tiles: bool = False,
     **changes: Any,
@@ -50,6 +51,6 @@ def llava_trainer(
         model,
         runs.arguments(folder, **changes),
         ConversationCollator(processor, pack_to=pack_to),
-        ConversationDataset(conversations(), seed=1),
+        ConversationDataset(conversations(), seed=1, group_by_length=group_by_length, image_tokens=4),
         processing_class=processor,
     )

@@ -8,6 +8,7 @@ import torch
 
 from hf_vlp.data.conversations import ConversationCollator, ConversationDataset, ConversationIterableDataset
 from hf_vlp.training import VLPTrainer, apply_stage
+from hf_vlp.training.instructions import conversation_dataset, stop_at_turns
 from tests.tiny import llava as tiny
 from tests.training import runs
 from tests.training.llava_runs import conversations
@@ -44,3 +45,29 @@ def test_a_resumed_run_is_an_unbroken_one(kind: str, tmp_path: Path) -> None:
         assert torch.equal(value, expected[name]), name
     fresh = runs.weights(_trainer(tmp_path / "fresh", kind, **saving).model)
     assert any(not torch.equal(value, expected[name]) for name, value in fresh.items())
+
+
+def test_grouping_is_asked_for_with_the_processor() -> None:
+    _, processor = tiny.llava()
+    rows = conversations()
+    assert conversation_dataset(rows, seed=1).epoch_order(0, 6, 1) is None
+    grouped = conversation_dataset(rows, seed=1, group_for=processor)
+    expected = ConversationDataset(rows, seed=1, group_by_length=True, image_tokens=4)
+    assert torch.equal(grouped.epoch_order(2, 6, 2), expected.epoch_order(2, 6, 2))
+    stream = datasets.IterableDataset.from_generator(_rows, gen_kwargs={"shards": [rows]})
+    with pytest.raises(ValueError, match="--group_by_length needs all lengths"):
+        conversation_dataset(stream, seed=1, group_for=processor)
+
+
+def test_generation_stops_at_the_end_of_a_turn() -> None:
+    model, processor = tiny.llava()
+    stop_at_turns(model, processor, "vicuna_v1")
+    assert model.generation_config.eos_token_id == 2
+    # `<|im_end|>` is no token of the vocabulary yet.
+    stop_at_turns(model, processor, "mpt")
+    assert model.generation_config.eos_token_id == 2
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.generation_config.eos_token_id = [2, 3]
+    stop_at_turns(model, processor, "mpt")
+    assert model.generation_config.eos_token_id == [2, 3, end]

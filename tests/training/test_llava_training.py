@@ -55,6 +55,7 @@ def _stop_at_two(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) 
 RANKS: dict[str, dict[str, Any]] = {
     "tower tuned, packed": {"stage": "stage2_vision", "pack_to": 160},
     "tiles": {"tiles": True, "stage": "stage1"},
+    "grouped by length": {"group_by_length": True},
 }
 
 

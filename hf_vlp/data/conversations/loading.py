@@ -72,7 +72,7 @@ def load_conversations(
         columns: role -> column, for names that do not say it: `{"messages": "dialogue", "images": "picture"}`.
         image_root: folder that image paths start from; the file's own folder if left out.
         seed: of Shapes.
-        shapes_options: of `load_shapes_instructions`: `size`, `preset`, `turns`, … and the fields of `ShapesConfig`.
+        shapes_options: of `load_shapes_instructions`: `size`, `preset`, `max_turns`, … and those of `ShapesConfig`.
 
     Raises:
         FileNotFoundError: there is no such file, folder or data set.
