@@ -1,12 +1,11 @@
 """Instruction tuning over many data sets, as InstructBLIP does it (arXiv 2305.06500, sections 2.2 to 2.4).
 
 Each of eleven families of tasks has its own wordings, one of which is drawn for a record in an epoch; data sets are
-drawn with probabilities proportional to the square roots of their sizes. The wordings are this package's own: the
-paper's appendix gives others to the same ends, among them "short" where an answer is short, so that a model does not
-learn to be short always.
+drawn with probabilities proportional to the square roots of their sizes. The wordings, ten or more for each task, are
+this package's own: the paper's appendix gives others to the same ends, among them "short" where an answer is short, so
+that a model does not learn to be short always.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,24 +24,35 @@ from .pairs import ImageTransform, problem_of
 from .records import BadRecord, texts_of
 
 _CAPTIONING = (
-    "Write a short caption for the image.",
+    "Write a short caption for this picture.",
     "Briefly say what the image shows.",
     "In one sentence, what can be seen here?",
-    "Give a short description of this picture.",
+    "Give a short summary of the scene.",
     "What does the picture show, in a few words?",
     "Describe the photo briefly.",
     "A short caption of the image:",
     "The image shows",
+    "Tell in a few words what you are looking at.",
+    "How would you sum up this image in one short sentence?",
+    "Suppose the picture stood in a newspaper: give the short line printed below it.",
+    "Someone cannot see this image. Say in one sentence what is on it.",
 )
+# Wordings that fit every question with a short answer.
 _QUESTIONS = (
     "{question}",
     "Question: {question}",
     "{question} Give a short answer:",
-    "Q: {question} A:",
+    "Here is a question about the image. {question} The answer in brief:",
     "Question: {question} Short answer:",
+)
+_VISUAL_QUESTIONS = (
     "Look at the image and answer in a few words: {question}",
     "{question} Answer briefly.",
     "Answer the question about the picture in as few words as you can. {question}",
+    "Going by what can be seen: {question} Keep the answer short.",
+    "Somebody asks about this picture: {question} Reply with a word or two:",
+    "{question} Find the answer in the image and say it in a few words.",
+    "A word or a short phrase is enough. {question}",
 )
 # Family (figure 2 of the paper) -> wordings. {question}, {options}, {answer} and {history} come from the record.
 TASK_FAMILIES: dict[str, tuple[str, ...]] = {
@@ -52,50 +62,99 @@ TASK_FAMILIES: dict[str, tuple[str, ...]] = {
         "Read the text in the picture and describe the picture in one sentence.",
         "A short caption that takes up the written words:",
         "What is shown and written here, in one sentence?",
+        "Say briefly what the picture shows and what stands written on it.",
+        "Sum up the image in a few words, its lettering included.",
+        "Write one sentence about the photo that mentions the text in it.",
+        "Which objects are there and what do their labels say? One short sentence:",
+        "Describe the image in brief; where it has words, quote them.",
+        "There is something to read in this picture. Give a short caption with it:",
     ),
     "visual_reasoning": (
         "{question}",
         "Compare what you see and answer in a word: {question}",
         "Think about how the things in the image relate. {question} Short answer:",
         "Question: {question} Answer with one word.",
+        "Look where everything stands and how it belongs together. {question} Answer in a word:",
+        "{question} It takes more than one look; the answer in short:",
+        "Find each thing that the question names, then answer briefly. {question}",
+        "Reason about the picture step by step for yourself and say only the result. {question}",
+        "From the places and properties of the objects: {question} Short answer:",
+        "{question} Check it against the image and answer with a word or two.",
     ),
-    "vqa": _QUESTIONS,
+    "vqa": (*_QUESTIONS, *_VISUAL_QUESTIONS),
     "knowledge_vqa": (
-        *_QUESTIONS[:5],
+        *_QUESTIONS,
         "Use what you know beyond the image. {question} Short answer:",
         "{question} The answer is not in the picture alone; answer briefly:",
+        "The image gives the topic, your knowledge the answer. {question} In a few words:",
+        "Recognise what is shown, then recall what you know of it. {question} Short answer:",
+        "{question} Think of what is commonly known and answer in a word or two.",
+        "Someone who knows the subject sees this picture. {question} Their short answer:",
     ),
     "text_vqa": (
-        *_QUESTIONS[:5],
+        *_QUESTIONS,
         "Read what is written in the image. {question} Short answer:",
         "{question} The answer is written in the picture:",
+        "Find the words or numbers in the photo that answer this: {question}",
+        "{question} Copy the answer from the text in the image.",
+        "Signs, labels and print count here. {question} Answer briefly:",
+        "Look for lettering, read it and answer in a few words. {question}",
     ),
     "question_generation": (
         "Ask a question about the image whose answer is: {answer}.",
         "The answer is {answer}. What was asked about the picture?",
-        "Given the image, write a question that {answer} answers.",
+        "Think of a question to this image that {answer} answers.",
+        "Somebody looked at the picture and said: {answer}. Which question was it?",
+        "{answer}: write the question about the image to which this is the reply.",
+        "Make up a quiz question on this picture; its solution is {answer}.",
+        "What would you have to ask about the scene to hear {answer}?",
+        "Turn it round: the reply is {answer}, the question about the image is",
+        "Which question can be settled by this image with the words {answer}?",
+        "You want a viewer of the picture to say {answer}. Ask for it:",
     ),
     "video_vqa": (
         "{question}",
         "Question about the video: {question} Short answer:",
         "From what happens in these frames, answer in a few words: {question}",
+        "Watch the clip. {question} Answer briefly:",
+        "The pictures follow one another in time. {question} Short answer:",
+        "{question} Say it in a word or two, by what the video shows.",
+        "Look at all of the frames, then answer in short: {question}",
+        "Somebody asks about this clip: {question} A brief reply:",
+        "What goes on from frame to frame tells the answer. {question} In a few words:",
+        "{question} The whole clip counts; keep the answer short.",
     ),
     "dialog": (
         "{history} Question: {question} Short answer:",
         "Talk so far: {history} Now answer briefly: {question}",
         "{history} {question}",
+        "Two people talk about the image. {history} Then one of them asks: {question} A short reply:",
+        "What was said before: {history} What is asked now: {question} Short answer:",
+        "Go on with this talk about the picture. {history} {question} In a few words:",
+        "Already known of the image: {history} Next question: {question} Answer briefly.",
+        "{history} Keeping in mind what was said: {question} Short answer:",
+        "Earlier: {history} Now: {question} Reply in a few words.",
+        "You are asked about a picture, one question after the other. {history} {question} Your short answer:",
     ),
     "classification": (
         "What is in the image? Answer with the name of its class.",
         "Name the category of this picture:",
         "Which class does the image belong to?",
         "Is the image one of these: {options}? Name it:",
+        "What kind of thing is this?",
+        "Say in a word what the picture is of.",
+        "Under which label would you file this image?",
+        "Sort the picture into its class:",
+        "The image is to be put under one of {options}. Which one?",
+        "Pick the label that fits the picture best from {options}:",
+        "One name for what is shown here:",
+        "The category of the main object in the photo is",
     ),
+    # The instructions of a conversation are its own, as in the paper.
     "conversation": ("{question}",),
 }
 # Added where a question comes with its possible answers.
 _OPTIONS = ("Options: {options}.", "Choose from: {options}.", "The answer is one of {options}.")
-_ENDING = re.compile(r"(Short answer:|Answer briefly\.|A:|Give a short answer:)$")
 
 
 @dataclass(frozen=True)
@@ -279,7 +338,9 @@ def instruct(row: Mapping[str, Any], family: str, seed: int) -> tuple[str, str]:
         told = [str(row.get("caption") or "").strip()]
         told += [f"{turn['question'].strip()} {turn['answer'].strip()}." for turn in turns[:at]]
         words = {"history": " ".join(filter(None, told)), "question": turns[at]["question"].strip()}
-        return pick("wording", wordings).format(**words).strip(), turns[at]["answer"].strip()
+        # A first question about an image without a caption is like any other.
+        wording = pick("wording", wordings if words["history"] else TASK_FAMILIES["vqa"])
+        return wording.format(**words), turns[at]["answer"].strip()
     question = str(row.get("question") or "").strip()
     answers = [str(answer).strip() for answer in row.get("answers") or () if str(answer).strip()]
     if not question or not answers:
@@ -287,14 +348,10 @@ def instruct(row: Mapping[str, Any], family: str, seed: int) -> tuple[str, str]:
     answer = _weighted(answers, row.get("weights"), stable_hash("answer", seed))
     if family == "question_generation":
         return pick("wording", wordings).format(answer=answer), question
-    wording = pick("wording", wordings).format(question=question)
     options = list(row.get("options") or ())
     if options:
-        listed = pick("options", _OPTIONS).format(options=", ".join(options))
-        ending = _ENDING.search(wording)
-        cut = ending.start() if ending else len(wording)
-        wording = f"{wording[:cut].rstrip()} {listed} {wording[cut:]}".strip()
-    return wording, answer
+        question = f"{question} {pick('options', _OPTIONS).format(options=', '.join(options))}"
+    return pick("wording", wordings).format(question=question), answer
 
 
 def _weighted(answers: list[str], weights: Any, draw: int) -> str:

@@ -141,7 +141,10 @@ QUESTION = {"image": None, "question": "what?", "answers": ["a", "b"], "weights"
 
 @pytest.mark.parametrize("family", TASK_FAMILIES)
 def test_every_wording_of_every_family_is_filled_in(family: str) -> None:
-    assert len(TASK_FAMILIES) == 11
+    wordings = TASK_FAMILIES[family]
+    assert len(TASK_FAMILIES) == 11 and len(set(wordings)) == len(wordings)
+    # As many as in the paper; a conversation has its own words.
+    assert 10 <= len(wordings) <= 15 or (family == "conversation" and wordings == ("{question}",))
     row = ROWS.get(family, QUESTION)
     seen = set()
     for seed in range(200):
@@ -151,9 +154,15 @@ def test_every_wording_of_every_family_is_filled_in(family: str) -> None:
         assert (instruction, answer) == instruct(row, family, seed)
         if family not in ROWS and family != "question_generation":
             assert answer == "a" and "what?" in instruction
-    assert len(seen) >= len(TASK_FAMILIES[family])
+    assert len(seen) >= len(wordings)
     with pytest.raises(BadRecord):
         instruct({"image": None}, family, 0)
+
+
+def test_a_dialog_may_begin_with_nothing() -> None:
+    turns = [{"question": "who?", "answer": "a man"}]
+    made = {instruct({"image": None, "turns": turns}, "dialog", seed)[0] for seed in range(200)}
+    assert made == {wording.format(question="who?") for wording in TASK_FAMILIES["vqa"]}
 
 
 def test_options_stand_before_the_request_for_an_answer() -> None:
