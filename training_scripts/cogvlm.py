@@ -77,7 +77,9 @@ class RecipeArguments:
 class FormatArguments(ConversationArguments):
     """How conversations are written and batched."""
 
-    template: str = option("cogvlm_chat", "Format of conversations: cogvlm_chat, cogvlm_vqa, or another template.")
+    template: str = option(
+        "cogvlm_chat", "Format of conversations and, later, of prompts.", choices=["cogvlm_chat", "cogvlm_vqa"]
+    )
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -93,10 +95,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         raise SystemExit(f"cogvlm.py: --stage may be one of {sorted(CogVLMForConditionalGeneration.stages)}")
     if data.streaming and stage != "sft":
         raise SystemExit("cogvlm.py: --streaming is for --stage sft; captions and boxes are read by an index")
+    if conversations.group_by_length and stage != "sft":
+        raise SystemExit("cogvlm.py: --group_by_length is for --stage sft; captions are of like length")
     set_seed(args.seed)
 
     # 1. Processor and model
-    model, processor = load_parts(model_args)
+    model, processor = load_parts(model_args, conversations.template.removeprefix("cogvlm_"))
     table = dict(model.stages[stage]) | ({"vision_model": True} if model_args.train_vision else {})
     say(apply_stage(model, stage, table=table))
     # Where adapters go, and where the export looks for them.
@@ -107,7 +111,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # 2. Data
     with main_process_first(args):
-        train, evaluation, eval_rows = datasets_of(stage, data, recipe, conversations, model, args.seed)
+        train, evaluation, eval_rows = datasets_of(stage, data, recipe, conversations, model, processor, args.seed)
     collator = ConversationCollator(
         processor,
         template=conversations.template,
@@ -145,8 +149,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     return trainer.finish()
 
 
-def load_parts(arguments: ModelArguments) -> tuple[CogVLMForConditionalGeneration, CogVLMProcessor]:
-    """The model in float32 and its processor, from an earlier stage's folder or from the parts."""
+def load_parts(arguments: ModelArguments, template: str) -> tuple[CogVLMForConditionalGeneration, CogVLMProcessor]:
+    """The model in float32 and its processor, from an earlier stage's folder or from the parts.
+
+    Args:
+        template: the processor's format of questions.
+    """
     if arguments.model_name_or_path:
         model = CogVLMForConditionalGeneration.from_pretrained(arguments.model_name_or_path, dtype="float32")
         tokenizer = CogVLMProcessor.from_pretrained(arguments.model_name_or_path).tokenizer
@@ -179,7 +187,7 @@ def load_parts(arguments: ModelArguments) -> tuple[CogVLMForConditionalGeneratio
         tokenizer = AutoTokenizer.from_pretrained(arguments.language_model)
     if arguments.image_size:
         model.resize_images(arguments.image_size)
-    processor = CogVLMProcessor.for_model(tokenizer, model.config)
+    processor = CogVLMProcessor.for_model(tokenizer, model.config, template=template)
     model.config.image_token_id = processor.image_token_id
     return model, processor
 
@@ -190,6 +198,7 @@ def datasets_of(
     recipe: RecipeArguments,
     conversations: ConversationArguments,
     model: CogVLMForConditionalGeneration,
+    processor: CogVLMProcessor,
     seed: int,
 ) -> tuple[Any, Any, Any]:
     """Training and evaluation records of a stage, and the rows that the evaluator reads."""
@@ -197,7 +206,8 @@ def datasets_of(
     if stage == "sft":
         rows = conversation_rows(data, conversations, train=True)
         eval_rows = conversation_rows(data, conversations, train=False)
-        train = conversation_dataset(rows, seed=seed, transform=transform)
+        grouped = processor if conversations.group_by_length else None
+        train = conversation_dataset(rows, seed=seed, transform=transform, group_for=grouped)
         return train, None if eval_rows is None else conversation_dataset(eval_rows, seed=seed), eval_rows
     rows, eval_rows = data.train_rows(), data.eval_rows()
     captions = CaptionConversations(rows, seed=seed, transform=transform)

@@ -8,10 +8,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from hf_vlp.data import BadRecord, decode_image
-from hf_vlp.data.conversations import make_template, prompt_batch
+from hf_vlp.data.conversations import make_template, prompt_batch, template_names
 from hf_vlp.data.conversations.messages import text_of
 from hf_vlp.data.conversations.prompts import answer_text, replaced_answers, stop_ids
-from hf_vlp.data.conversations.templates import Template
+from hf_vlp.data.conversations.templates import Template, tokenizer_of
 from hf_vlp.data.shapes.instructions import score_answer
 from hf_vlp.evaluation.generation import common_result, new_tokens
 from hf_vlp.evaluation.images import Failure, Skipped, rows_of
@@ -27,7 +27,7 @@ def evaluate_instructions(
     processor: Any,
     rows: Any,
     *,
-    template: str | Template = "vicuna_v1",
+    template: str | Template | None = None,
     history: str = "own",
     batch_size: int = 16,
     max_new_tokens: int = 48,
@@ -46,7 +46,7 @@ def evaluate_instructions(
         processor: has `image_token`, `tokenizer`, `prepare_images`.
         rows: from `load_conversations`. Rows of Shapes bring `answers` and `scenes`, by which each answer is judged by
             its kind; of others an answer is right if it says what the row says, up to case, blanks and a full stop.
-        template: name or object; the one that the model was trained with.
+        template: name or object; the one that the model was trained with, which `own_template` finds if left out.
         history: what the earlier turns of the assistant say: `"own"`, what the model said, or `"true"`, what the row
             says.
         batch_size: conversations at a time.
@@ -71,7 +71,7 @@ def evaluate_instructions(
     if history not in HISTORIES:
         raise ValueError(f"history={history!r} is none of {', '.join(HISTORIES)}")
     rows = rows_of(rows, limit)
-    chosen = make_template(template, processor)
+    chosen = make_template(own_template(model, processor) if template is None else template, processor)
     judge = score or exact_answer
     options = {
         "max_new_tokens": max_new_tokens,
@@ -111,6 +111,25 @@ def evaluate_instructions(
         for number, turn, text in answers
     ]
     return _result(rows, judged, skipped, details)
+
+
+def own_template(model: nn.Module, processor: Any) -> str:
+    """Name of the template that a model answers in, as model and processor tell.
+
+    Qwen-VL and InstructBLIP have one, CogVLM one for each of its formats, LLaVA the one whose prompts its processor
+    writes. Others have the chat template of their processor or tokenizer, else Vicuna's.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in ("llava", "llava_next"):
+        from hf_vlp.models.llava.processing_llava import trained_template
+
+        return trained_template(processor)
+    if kind == "cogvlm":
+        return "cogvlm_vqa" if processor.template == "vqa" else "cogvlm_chat"
+    if kind in template_names():
+        return kind
+    has_one = getattr(processor, "chat_template", None) or getattr(tokenizer_of(processor), "chat_template", None)
+    return "chat" if has_one else "vicuna_v1"
 
 
 class _Decoded(Dataset):

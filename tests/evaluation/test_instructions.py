@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hf_vlp.data.conversations import load_conversations
-from hf_vlp.evaluation.instructions import evaluate_instructions
+from hf_vlp.evaluation.instructions import evaluate_instructions, own_template
 from hf_vlp.evaluation.run import TASKS, task_options
 from tests.data.conversations import TinyProcessor, record
 
@@ -114,3 +114,22 @@ def test_broken_pictures_are_left_out_or_stop():
 def test_the_task_is_known():
     assert TASKS["instructions"].role == "chat"
     assert {"template", "history", "max_new_tokens"} <= set(task_options("instructions"))
+
+
+def test_a_model_is_asked_in_its_own_template() -> None:
+    from hf_vlp.models.llava.processing_llava import CHAT_TEMPLATES, use_template
+    from tests.tiny import cogvlm, instructblip, llava, qwen_vl
+    from tests.training.cogvlm_runs import tiny_processor
+
+    model, processor = llava.llava()
+    for name in CHAT_TEMPLATES:
+        assert own_template(model, use_template(processor, name)) == name
+    processor.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    assert own_template(model, processor) == "chat"
+    seen = cogvlm.model(2)
+    assert own_template(seen, tiny_processor(seen)) == "cogvlm_chat"
+    short = tiny_processor(seen)
+    short.template = "vqa"
+    assert own_template(seen, short) == "cogvlm_vqa"
+    assert own_template(qwen_vl.model(), qwen_vl.processor()) == "qwen_vl"
+    assert own_template(instructblip.model(), instructblip.processor()) == "instructblip"

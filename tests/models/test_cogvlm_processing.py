@@ -1,10 +1,13 @@
 """CogVLM's texts: prompts and label masks by template, images in their places, boxes in text."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from PIL import Image
 
-from hf_vlp.data.conversations import ConversationCollator, make_template
+from hf_vlp.data.conversations import ConversationCollator, make_template, prompt_batch
 from hf_vlp.models.cogvlm.processing_cogvlm import (
     BoxError,
     CogVLMProcessor,
@@ -103,6 +106,34 @@ def test_chat_template_is_the_format() -> None:
     assert ids == processor([RED], ["c?"], history=[[("a?", "b")]])["input_ids"][0].tolist()
     with pytest.raises(Exception, match="user and assistant only"):
         processor.apply_chat_template([{"role": "system", "content": "be nice"}])
+
+
+def said_by(role: str, *content: str) -> dict[str, Any]:
+    """A message; "<image>" is a picture."""
+    entries = [{"type": "image"} if one == "<image>" else {"type": "text", "text": one} for one in content]
+    return {"role": role, "content": entries}
+
+
+@pytest.mark.parametrize("template", ["chat", "vqa"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [said_by("user", "what is this? ", "<image>", " and that?")],
+        [said_by("user", "a?"), said_by("assistant", " b"), said_by("user", "<image>", "<image>", "c?")],
+        [said_by("user", "<image>")],
+        [said_by("user", "<image>"), said_by("assistant", "a hat"), said_by("user", "sure?")],
+    ],
+    ids=["words around a picture", "pictures in a later turn", "a picture alone", "a picture, then words"],
+)
+def test_a_prompt_is_that_of_training(template: str, asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    make(template=template).save_pretrained(tmp_path)
+    processor = CogVLMProcessor.from_pretrained(tmp_path)
+    pictures = [RED] * sum(part["type"] == "image" for turn in asked for part in turn["content"])
+    expected = prompt_batch(processor, make_template(f"cogvlm_{template}", processor), [(pictures, asked)])
+    strings = [{**turn, "content": "".join(part.get("text", "<image>") for part in turn["content"])} for turn in asked]
+    for messages in (asked, strings):
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        assert torch.equal(processor(pictures, text)["input_ids"], expected["input_ids"])
 
 
 def test_training_inputs() -> None:

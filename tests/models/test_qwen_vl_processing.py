@@ -124,7 +124,9 @@ def test_chat_template_and_training_template_write_the_same() -> None:
     template = make_template("qwen_vl", processor)
     turns = tiny.messages(("compare", 2), "they differ", ("and this", 1), "a dot")
     told = [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}]
-    for messages in (turns, turns[:2], told + turns):
+    picture, words = {"type": "image"}, {"type": "text", "text": "\nwhat is it?\n"}
+    around = [{"role": "user", "content": [words, picture, words, picture]}, turns[1]]
+    for messages in (turns, turns[:2], told + turns, around):
         text = processor.apply_chat_template(messages, tokenize=False)
         assert text == template.render(messages).text
         prompt = processor.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)

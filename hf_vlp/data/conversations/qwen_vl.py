@@ -15,8 +15,12 @@ class QwenVLTemplate(Template):
     for every turn, the system's and the user's included; of the words only the assistant's. The name of a role, the
     line break behind it and the words are tokenised apart.
 
+    Images stay where the messages have them; a line break that the words behind an image begin with is the template's
+    own and not written twice.
+
     Args:
         number_pictures: write `Picture n: ` before each image and a line break behind it; without, the image alone.
+        image_position: as of `Template`, but `"given"` by default.
         options: as of `Template`.
     """
 
@@ -24,8 +28,8 @@ class QwenVLTemplate(Template):
     default_system = "You are a helpful assistant."
     image_marks: ClassVar[tuple[str, str]] = ("<img>", "</img>")
 
-    def __init__(self, *, number_pictures: bool = True, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *, number_pictures: bool = True, image_position: str = "given", **options: Any) -> None:
+        super().__init__(image_position=image_position, **options)
         self.number_pictures = number_pictures
 
     @property
@@ -69,7 +73,9 @@ class QwenVLTemplate(Template):
                 pictures += 1
                 pieces.append((True, f"Picture {pictures}: {mark}\n" if self.number_pictures else mark))
             else:
-                pieces.append((False, entry["text"] or ""))
+                text = entry["text"] or ""
+                behind = self.number_pictures and bool(pieces) and pieces[-1][0]
+                pieces.append((False, text.removeprefix("\n") if behind else text))
         count = sum(is_image for is_image, _ in pieces)
         if count and self.image_position != "given":
             words = "".join(piece for is_image, piece in pieces if not is_image).strip()

@@ -22,22 +22,42 @@ _IGNORED = -100
 _BOX = r"\d{3}(?:,\d{3}){3}"
 _BOXES = re.compile(rf"\[\[({_BOX}(?:;{_BOX})*)\]\]")
 _COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "orange", "white")
-# The format "chat" as a template of `apply_chat_template`: pictures of a turn stand in front of its words.
-CHAT_TEMPLATE = (
+# Format of a conversation -> template of `apply_chat_template`. As in training, pictures stand in front of everything,
+# and a single question without words is not written.
+_CHAT_TEMPLATE = (
+    "{%- set flat = namespace(images='', turns=[]) -%}"
     "{%- for message in messages -%}"
-    "{%- if message['content'] is string -%}{%- set text = message['content'] -%}"
-    "{%- else -%}"
-    "{%- for part in message['content'] if part['type'] == 'image' -%}{{ '<image>' }}{%- endfor -%}"
-    "{%- set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join(' ') -%}"
+    "{%- if message['role'] not in ['user', 'assistant'] -%}"
+    "{{ raise_exception('CogVLM knows the roles user and assistant only') }}"
     "{%- endif -%}"
-    "{%- if message['role'] == 'user' -%}{{ 'Question: ' + text }}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{{ ' Answer: ' }}{% generation %}{{ text }}{% endgeneration %}"
-    "{%- if not loop.last -%}{{ '\n' }}{%- endif -%}"
-    "{%- else -%}{{ raise_exception('CogVLM knows the roles user and assistant only') }}{%- endif -%}"
+    "{%- if message['content'] is string -%}"
+    "{%- set texts = message['content'].split('<image>') -%}"
+    "{%- set flat.images = flat.images ~ '<image>' * (texts | length - 1) -%}"
+    "{%- else -%}"
+    "{%- set texts = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | list -%}"
+    "{%- set pictures = message['content'] | selectattr('type', 'equalto', 'image') | list -%}"
+    "{%- set flat.images = flat.images ~ '<image>' * (pictures | length) -%}"
+    "{%- endif -%}"
+    "{%- set text = texts | select | map('trim') | join(' ') -%}"
+    "{%- set flat.turns = flat.turns + [{'role': message['role'], 'text': text}] -%}"
     "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ ' Answer:' }}{%- endif -%}"
+    "{%- set asked = flat.turns | selectattr('role', 'equalto', 'user') | list -%}"
+    "{%- set bare = asked | length == 1 and not asked[0]['text'] -%}"
+    "{{ flat.images }}"
+    "{%- for turn in flat.turns -%}"
+    "{%- if turn['role'] == 'user' -%}{{ '' if bare else 'Question: ' ~ turn['text'] }}"
+    "{%- else -%}"
+    "{{ '' if bare else ' Answer: ' }}{% generation %}{{ turn['text'] }}{% endgeneration %}"
+    "{%- if not loop.last -%}{{ '\\n' }}{%- endif -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt and not bare -%}{{ ' Answer:' }}{%- endif -%}"
 )
+CHAT_TEMPLATES = {
+    "chat": _CHAT_TEMPLATE,
+    "vqa": _CHAT_TEMPLATE.replace(" Answer:", f" {ANSWER_WORDS['vqa']}"),
+    "base": _CHAT_TEMPLATE,
+}
 
 Box = tuple[float, float, float, float]
 
@@ -164,7 +184,7 @@ class CogVLMProcessor(ProcessorMixin):
         num_image_tokens: of an image: `CogVLMConfig.num_image_tokens`.
         image_token: stands for an image token.
         template: format of questions: `"chat"`, `"vqa"` or `"base"`.
-        chat_template: for `apply_chat_template`; by default the format `"chat"`.
+        chat_template: for `apply_chat_template`; by default that of `template`, for `"base"` that of `"chat"`.
 
     Raises:
         ValueError: the tokenizer has no such token, or no end token.
@@ -195,7 +215,7 @@ class CogVLMProcessor(ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
         self.template = template
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATES[template], **kwargs)
 
     @classmethod
     def for_model(cls, tokenizer: Any, config: Any, **kwargs: Any) -> "CogVLMProcessor":

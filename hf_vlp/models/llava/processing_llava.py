@@ -83,6 +83,14 @@ def use_template(processor: Any, template: str) -> Any:
     return processor
 
 
+def trained_template(processor: Any) -> str:
+    """Name of the training template whose prompts a processor writes, "chat" if it has one of its own."""
+    for name, source in CHAT_TEMPLATES.items():
+        if processor.chat_template == source.replace(IMAGE_TOKEN, processor.image_token):
+            return name
+    return "chat"
+
+
 class LlavaProcessorMixin:
     """What both processors add to the native ones."""
 
@@ -289,5 +297,6 @@ __all__ = [
     "LlavaProcessor",
     "add_image_token",
     "chat_template_of",
+    "trained_template",
     "use_template",
 ]

@@ -23,7 +23,8 @@ _POINT = r"\((-?\d+)\s*,\s*(-?\d+)\)"
 _REF = r"(?:<ref>(?P<ref>(?:(?!</?ref>|<box>|<quad>).)*)</ref>)?\s*"
 _REGION = re.compile(_REF + r"(?:<box>(?P<box>.*?)</box>|<quad>(?P<quad>.*?)</quad>)", re.DOTALL)
 
-# ChatML as the authors' fine-tuning and chat code write it. Images are numbered through the conversation.
+# ChatML as the authors' fine-tuning and chat code write it. Images are numbered through the conversation; each ends
+# with a line break, which words behind it need not bring along.
 CHAT_TEMPLATE = (
     "{%- set pictures = namespace(count=0) -%}"
     "{%- if messages[0]['role'] != 'system' -%}"
@@ -32,11 +33,15 @@ CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{- '<|im_start|>' + message['role'] + '\n' -}}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}"
-    "{%- else -%}{%- for entry in message['content'] -%}"
+    "{%- else -%}{%- set last = namespace(image=false) -%}{%- for entry in message['content'] -%}"
     "{%- if entry['type'] == 'image' -%}"
+    "{%- set last.image = true -%}"
     "{%- set pictures.count = pictures.count + 1 -%}"
     "{{- 'Picture ' ~ pictures.count ~ ': <img><imgpad></img>\n' -}}"
-    "{%- else -%}{{- entry['text'] -}}{%- endif -%}"
+    "{%- else -%}"
+    "{{- entry['text'][1:] if last.image and entry['text'][:1] == '\n' else entry['text'] -}}"
+    "{%- set last.image = false -%}"
+    "{%- endif -%}"
     "{%- endfor -%}{%- endif -%}"
     "{{- '<|im_end|>\n' -}}"
     "{%- endfor -%}"
