@@ -125,7 +125,6 @@ def test_twin_layers_start_as_copies(pretrained: Path) -> None:
         one = source.text_model.encoder.layer[i].state_dict()
         for name, value in {**pair.first.state_dict(), **pair.second.state_dict()}.items():
             assert torch.equal(value, one[name])
-    # Until training tells the images apart, two equal images say what one says after two equal layers each.
     assert model.config.text_config.images_per_text == 2
 
 

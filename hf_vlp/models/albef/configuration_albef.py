@@ -16,7 +16,6 @@ class AlbefTextConfig(BertConfig):
             the text encoder's).
         images_per_text: 1, or 2 for statements about a pair of images: each fusion layer then becomes two, the first
             of which looks at the first image and the second at the second.
-
         mask_token_id: [MASK], for masked language modelling.
 
     `is_decoder` makes self-attention causal; `bos_token_id` and `eos_token_id` are the tokens that answers start and

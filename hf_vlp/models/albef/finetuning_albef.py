@@ -157,8 +157,7 @@ class AlbefForRetrievalFineTuning(AlbefMomentumModel):
             drawn = self.draw_negatives(contrast.itc, image_ids, generator, negatives)
             rows = self.matching_rows(texts, states, drawn)
             itm_logits = self.matching_logits(rows, image_states)
-            labels = rows.labels if drawn is not None else rows.labels.fill_(-100)
-            terms["loss_itm"] = matching_loss(itm_logits, labels)
+            terms["loss_itm"] = matching_loss(itm_logits, rows.labels)
         if self.training:
             self.steps += 1
         return AlbefRetrievalOutput(
@@ -454,7 +453,7 @@ def start_task(
     else:
         if not wants_pairs and config.text_config.images_per_text == 2:
             raise ValueError(f"{folder} has twin layers for pairs of images; {task_class.__name__} takes one image")
-        model = task_class.from_pretrained(folder, config=config, new_parameters=not own, **kwargs)
+        model = task_class.from_pretrained(folder, config=config, allow_missing=not own, **kwargs)
     if isinstance(model, AlbefForQuestionAnswering) and not own:
         state = read_extras(folder, **where)
         head = {n.removeprefix("mlm_head."): v for n, v in state.items() if n.startswith("mlm_head.")}

@@ -105,13 +105,13 @@ class AlbefPreTrainedModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: folder or Hub id.
-            new_parameters (`bool`): allow freshly initialised parameters, to fine-tune with a new head.
+            allow_missing (`bool`): initialise parameters that the checkpoint lacks at random, to train a new head.
             args, kwargs: see `PreTrainedModel.from_pretrained`.
 
         Raises:
             ValueError: the checkpoint lacks parameters of this class.
         """
-        allowed = kwargs.pop("new_parameters", False)
+        allowed = kwargs.pop("allow_missing", False)
         with_information = kwargs.pop("output_loading_info", False)
         model, information = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -121,7 +121,7 @@ class AlbefPreTrainedModel(PreTrainedModel):
             shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             raise ValueError(
                 f"{pretrained_model_name_or_path} has no {cls.__name__}: it lacks {shown}. Load it with the class "
-                "that saved it (see `architectures` in config.json), or pass new_parameters=True to train from scratch"
+                "that saved it (see `architectures` in config.json), or pass allow_missing=True to train from scratch"
             )
         return (model, information) if with_information else model
 

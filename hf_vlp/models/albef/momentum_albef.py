@@ -43,7 +43,7 @@ class MatchingRows(NamedTuple):
         texts: which texts they are of.
         source: (P,) CPU, text of each row.
         image: (P,) CPU, own image of each row.
-        labels: (P,) 1 for matched rows, which come first.
+        labels: (P,) 1 for matched rows, which come first; -100 for all where nothing is mismatched.
     """
 
     states: Tensor
@@ -191,12 +191,14 @@ class AlbefMomentumModel(MomentumContrastMixin, PreTrainingMixin, AlbefPreTraine
         Args:
             texts: own texts (B).
             states: (T, D) their states from the text encoder.
-            negatives: indices into the joined batch, or the own one where ranks are on their own.
+            negatives: indices into the joined batch, or the own one where ranks are on their own; None: own pairs
+                alone, which do not count.
         """
         number, device = len(texts), states.device
         own = torch.arange(number)
         if negatives is None:
-            return MatchingRows(states, texts, own, own, torch.ones(number, dtype=torch.long, device=device))
+            uncounted = torch.full((number,), -100, device=device)
+            return MatchingRows(states, texts, own, own, uncounted)
         image_index, text_index = torch.stack([negatives.image_index, negatives.text_index]).cpu()
         if not self.joined():
             source = torch.cat([own, own, text_index])

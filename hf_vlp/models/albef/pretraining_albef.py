@@ -249,8 +249,7 @@ class AlbefForPreTraining(AlbefMomentumModel):
             at = (labels != -100).nonzero().flatten().cpu()
         itm_logits, mlm_logits = self._fuse(rows, masked, masked_states, image_states, at)
         if rows is not None:
-            labels_itm = rows.labels if drawn is not None else rows.labels.fill_(-100)
-            terms["loss_itm"] = matching_loss(itm_logits, labels_itm)
+            terms["loss_itm"] = matching_loss(itm_logits, rows.labels)
         if masked is not None:
             if alpha > 0:
                 mlm_logits_m = self._momentum_mlm(masked, masked_states_m, image_states_m, at)

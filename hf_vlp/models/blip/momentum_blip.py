@@ -60,7 +60,7 @@ class MatchingRows(NamedTuple):
         source: (P,) CPU, text of each row.
         image: (P,) CPU, image of each row.
         image_states: (I, K, width) of the images that rows name.
-        labels: (P,) 1 for matched rows, which come first.
+        labels: (P,) 1 for matched rows, which come first; -100 for all where nothing is mismatched.
     """
 
     texts: PackedTexts
