@@ -10,45 +10,25 @@ import torch.distributed as dist
 
 from hf_vlp.data.conversations import ConversationCollator
 from hf_vlp.models.cogvlm.modeling_cogvlm import CogVLMForConditionalGeneration
-from hf_vlp.models.cogvlm.processing_cogvlm import GROUNDING_PROMPTS, BoxError, CogVLMProcessor, format_boxes
-from hf_vlp.training import VLPTrainer, apply_stage
+from hf_vlp.models.cogvlm.processing_cogvlm import GROUNDING_PROMPTS, BoxError, format_boxes
 from hf_vlp.training.grounding import CaptionConversations, GroundingConversations, MixedDataset
-from hf_vlp.training.lora import LoraArguments, add_lora, lora_layers
+from hf_vlp.training.lora import lora_layers
 from tests.distributed import run_ranks
 from tests.scripts.running import COMMON, script
 from tests.tiny import cogvlm as tiny
 from tests.training import runs
+from tests.training.cogvlm_runs import cogvlm_trainer, tiny_processor
 from tests.training.test_two_ranks import as_rank
-
-
-def tiny_processor(model: CogVLMForConditionalGeneration) -> CogVLMProcessor:
-    processor = CogVLMProcessor.for_model(tiny.byte_tokenizer(), model.config)
-    model.config.image_token_id = processor.image_token_id
-    return processor
-
-
-def trainer_of(
-    folder: Path | str, *, lora: str | None = None, pack_to: int | None = None, dropout: float = 0.0, **changes: Any
-) -> VLPTrainer:
-    model = tiny.model(2, seed=3)
-    processor = tiny_processor(model)
-    apply_stage(model, "stage1")
-    if lora:
-        model.language_model_path = lora
-        add_lora(model, LoraArguments(lora_r=2, lora_dropout=dropout), path=lora)
-    collator = ConversationCollator(processor, template="cogvlm_chat", pack_to=pack_to)
-    data = CaptionConversations(runs.rows(), seed=1)
-    return VLPTrainer(model, runs.arguments(folder, **changes), collator, data, processing_class=processor)
 
 
 @pytest.mark.parametrize("part", ["visual_experts", "language_model"])
 def test_resumed_with_adapters_and_packing_is_unbroken(tmp_path: Path, part: str) -> None:
     options = {"lora": part, "pack_to": 96, "dropout": 0.2, "max_steps": 4}
     saved = {"save_strategy": "steps", "save_steps": 2}
-    whole = trainer_of(tmp_path / "whole", **options, **saved)
+    whole = cogvlm_trainer(tmp_path / "whole", **options, **saved)
     frozen = {n: p.clone() for n, p in whole.model.named_parameters() if not p.requires_grad}
     whole.train()
-    again = trainer_of(tmp_path / "again", **options)
+    again = cogvlm_trainer(tmp_path / "again", **options)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert runs.fingerprint(runs.weights(whole.model)) == runs.fingerprint(runs.weights(again.model))
     assert lora_layers(whole.model.get_submodule(part))
@@ -58,7 +38,7 @@ def test_resumed_with_adapters_and_packing_is_unbroken(tmp_path: Path, part: str
 
 
 def test_export_merges_adapters(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, lora="visual_experts", max_steps=2, learning_rate=0.01)
+    trainer = cogvlm_trainer(tmp_path, lora="visual_experts", max_steps=2, learning_rate=0.01)
     trainer.train()
     folder = trainer.export()
     merged = CogVLMForConditionalGeneration.from_pretrained(folder).eval()
@@ -75,7 +55,7 @@ def one_of_two(folder: str, pack_to: int | None) -> Any:
     if dist.is_initialized():
         as_rank()
     options = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "max_steps": 3}
-    trainer = trainer_of(folder, pack_to=pack_to, per_device_train_batch_size=6 // size, **options)
+    trainer = cogvlm_trainer(folder, pack_to=pack_to, per_device_train_batch_size=6 // size, **options)
     trainer.train()
     return runs.losses(trainer), runs.weights(trainer.model)
 
@@ -184,3 +164,5 @@ def test_the_script_says_what_it_lacks(tmp_path: Path) -> None:
         main(["--output_dir", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"\['sft', 'stage1', 'stage2'\]"):
         main(["--output_dir", str(tmp_path), "--language_model", "x", "--stage", "stage9"])
+    with pytest.raises(SystemExit, match="--group_by_length is for --stage sft"):
+        main(["--output_dir", str(tmp_path), "--language_model", "x", "--group_by_length", "true"])

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-KINDS = ("clip", "stage1", "stage2", "albef", "blip", "llava")
+KINDS = ("clip", "stage1", "stage2", "albef", "blip", "llava", "cogvlm", "qwen_vl", "instructblip")
 STEPS = 8
 OPTIONS = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
 # Moments of a checkpoint: after the model's files, after all, before and after the rename, while an old one goes.
@@ -41,6 +41,18 @@ def trainer_of(kind: str, folder: Path) -> Any:
         from tests.training.llava_runs import llava_trainer
 
         return llava_trainer(folder, lora_r=2, pack_to=160, **OPTIONS)
+    if kind == "cogvlm":
+        from tests.training.cogvlm_runs import cogvlm_trainer
+
+        return cogvlm_trainer(folder, lora="visual_experts", pack_to=96, dropout=0.2, **OPTIONS)
+    if kind == "qwen_vl":
+        from tests.training.qwen_vl_runs import qwen_vl_trainer
+
+        return qwen_vl_trainer(folder, lora_r=2, pack_to=160, gradient_accumulation_steps=2, **OPTIONS)
+    if kind == "instructblip":
+        from tests.training.qwen_vl_runs import instructblip_trainer
+
+        return instructblip_trainer(folder, lora_r=2, dropout=0.2, **OPTIONS)
     return runs.stage2_trainer(folder, lora_r=2, gradient_accumulation_steps=2, **OPTIONS)
 
 

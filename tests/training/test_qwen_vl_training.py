@@ -1,16 +1,11 @@
-"""Qwen-VL and InstructBLIP in training: killed runs with adapters and packed rows, two ranks, what is exported."""
+"""Qwen-VL and InstructBLIP in training: two ranks, what is exported."""
 
-import multiprocessing
-import os
-import signal
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
 
 from hf_vlp.models.qwen_vl.modeling_qwen_vl import QwenVLForConditionalGeneration
 from hf_vlp.models.qwen_vl.processing_qwen_vl import QwenVLProcessor
@@ -18,59 +13,6 @@ from tests.distributed import run_ranks
 from tests.training import runs
 from tests.training.qwen_vl_runs import TRAINERS, qwen_vl_trainer
 from tests.training.test_two_ranks import as_rank
-
-SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
-KILLED = {
-    "qwen_vl": {"lora_r": 2, "pack_to": 160, "gradient_accumulation_steps": 2},
-    "instructblip": {"lora_r": 2, "dropout": 0.2},
-}
-
-
-def life(kind: str, folder: str, kill_at: int, pipe: Any) -> None:
-    """A process that trains, and kills itself with SIGKILL in the middle of a step."""
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    torch.set_num_threads(1)
-    trainer = TRAINERS[kind](folder, **KILLED[kind], **SAVING)
-    if kill_at:
-
-        class Kill(transformers.TrainerCallback):
-            def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                if state.global_step == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        trainer.add_callback(Kill())
-    trainer.train()
-    pipe.send((runs.fingerprint(runs.weights(trainer.model)), trainer.state.global_step, runs.losses(trainer)))
-
-
-def lived(context: Any, kind: str, folder: Path, kill_at: int = 0) -> Any:
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=life, args=(kind, str(folder), kill_at, sender), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        assert receiver.poll(300), "the run hangs"
-        result = receiver.recv()
-    except EOFError:
-        result = None
-    process.join(60)
-    assert process.exitcode == (-signal.SIGKILL if result is None else 0)
-    return result
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KILLED)
-def test_killed_runs_end_as_an_unbroken_one(tmp_path: Path, kind: str) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training.qwen_vl_runs"])
-    whole = lived(context, kind, tmp_path / "whole")
-    assert whole[1] == 6
-    for kill_at in (3, 4, 5):
-        assert lived(context, kind, tmp_path / "broken", kill_at) is None
-    assert lived(context, kind, tmp_path / "broken") == whole
-
 
 # Plain SGD: Adam divides by the gradient's size, which would blow rounding up where a gradient is all but zero.
 RANKS = (
