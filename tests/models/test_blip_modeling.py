@@ -23,7 +23,7 @@ from hf_vlp.models.blip.tasks_blip import (
     tasks_config,
 )
 from hf_vlp.objectives.language import AllLabelsIgnoredError
-from tests.tiny.blip import DEC, ENC, SEP, blip_config, images, spread_weights, texts
+from tests.tiny.blip import DEC, ENC, SEP, VOCAB_SIZE, blip_config, images, spread_weights, texts
 
 IDS, MASK = texts([5, 7, 3])
 
@@ -99,6 +99,25 @@ def test_beams_of_one_length_do_not_depend_on_the_rule():
     ours = model.generate(images(2), **options)
     assert torch.equal(ours, model.generate(images(2), count_prompt=False, **options))
     assert (ours[:, 0] == DEC).all()
+
+
+@torch.no_grad()
+def test_beams_are_scored_by_the_start_and_what_follows_but_not_the_end():
+    """As many beams as words: the best of all captions of at most two tokens, by the written-out rule."""
+    model = built(BlipForConditionalGeneration)
+    image, words = images(1), torch.arange(VOCAB_SIZE)
+    first = model(image, torch.tensor([[DEC]])).logits[0, -1].log_softmax(-1)
+    prefixes = torch.stack([torch.full_like(words, DEC), words], dim=1)
+    second = model(image.expand(VOCAB_SIZE, -1, -1, -1), prefixes).logits[:, -1].log_softmax(-1)
+    totals = first[:, None] + second
+    scored = {(DEC, SEP): float(first[SEP])}
+    for word in set(words.tolist()) - {SEP}:
+        lengths = {other: 2 if other == SEP else 3 for other in words.tolist()}
+        scored |= {(DEC, word, other): float(totals[word, other]) / length for other, length in lengths.items()}
+    best = max(scored, key=scored.get)
+    found = model.generate(image, num_beams=VOCAB_SIZE - 1, max_length=3, return_dict_in_generate=True)
+    assert found.sequences[0, : len(best)].tolist() == list(best)
+    assert float(found.sequences_scores[0]) == pytest.approx(scored[best], abs=1e-5)
 
 
 @torch.no_grad()
@@ -286,7 +305,7 @@ def test_image_size_is_interpolated(tmp_path: Path):
     model = BlipForImageTextRetrieval.from_pretrained(tmp_path, image_size=64)
     assert model.vision_model.embeddings.position_embedding.shape[1] == 17
     assert model.embed_images(images(1, size=64)).itc.shape == (1, 24)
-    with pytest.raises(ValueError, match="32 pixels|64"):
+    with pytest.raises(ValueError, match=r"are \(32, 32\) pixels, the vision tower was made for \(64, 64\)"):
         model.embed_images(images(1))
     with pytest.raises(ValueError, match="multiple of the patch size"):
         model.set_image_size(40)

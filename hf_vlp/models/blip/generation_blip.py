@@ -1,5 +1,7 @@
 """Generation with BLIP's decoder: beams that share their image's keys and values, and the original's beam scores."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -103,94 +105,121 @@ class BlipTextDecoder(BlipTextLMHeadModel):
         A hypothesis is complete when its end token is among the first `num_beams` continuations of a step; an image
         is done when none of its open beams can, at the present length, come above its complete ones.
         """
-        beams, penalty = generation_config.num_beams, generation_config.length_penalty
-        early = generation_config.early_stopping is True
-        ends = generation_config._eos_token_tensor
+        beams, longest = generation_config.num_beams, generation_config.max_length
+        ends, pad = generation_config._eos_token_tensor, generation_config._pad_token_tensor
         ends = set() if ends is None else set(ends.flatten().tolist())
-        pad = generation_config._pad_token_tensor
         pad = 0 if pad is None else int(pad)
-        number = len(input_ids) // beams
-        device = input_ids.device
-        longest = generation_config.max_length
-        scores = torch.zeros(number, beams, device=device)
+        number, device = len(input_ids) // beams, input_ids.device
+        early = generation_config.early_stopping is True
+        images = [_Beams(beams, generation_config.length_penalty, early, ends, pad) for _ in range(number)]
         # All beams start alike: only the first may be continued.
+        scores = torch.zeros(number, beams, device=device)
         scores[:, 1:] = -1e9
-        finished: list[list[tuple[float, Tensor]]] = [[] for _ in range(number)]
-        done = [False] * number
-        model_kwargs = (
-            self._get_initial_cache_position(input_ids.shape[1], device, model_kwargs)
-            if hasattr(self, "_get_initial_cache_position")
-            else model_kwargs
-        )
-
-        def complete(image: int, total: float, tokens: Tensor) -> None:
-            held = finished[image]
-            score = total / len(tokens) ** penalty
-            if len(held) < beams or score > min(held, key=lambda one: one[0])[0]:
-                held.append((score, tokens))
-                if len(held) > beams:
-                    held.remove(min(held, key=lambda one: one[0]))
-
-        while not all(done):
-            inputs = self.prepare_inputs_for_generation(input_ids, **model_kwargs)
-            outputs = self(**inputs)
+        while not all(image.done for image in images):
+            outputs = self(**self.prepare_inputs_for_generation(input_ids, **model_kwargs))
             log_probabilities = outputs.logits[:, -1].float().log_softmax(dim=-1)
             log_probabilities = logits_processor(input_ids, log_probabilities)
             vocabulary = log_probabilities.shape[-1]
             every = (log_probabilities + scores.view(-1, 1)).view(number, -1)
-            best, index = every.topk(max(2, 1 + len(ends)) * beams, dim=1)
-            values, places = best.tolist(), index.tolist()
-            length = input_ids.shape[1]
-            chosen_scores, chosen_tokens, chosen_rows = [], [], []
-            for image in range(number):
-                kept: list[tuple[float, int, int]] = []
-                if done[image]:
-                    kept = [(0.0, pad, image * beams)] * beams
-                else:
-                    for rank, (value, place) in enumerate(zip(values[image], places[image], strict=True)):
-                        row, token = image * beams + place // vocabulary, place % vocabulary
-                        if token in ends:
-                            if rank < beams:
-                                complete(image, value, input_ids[row])
-                        else:
-                            kept.append((value, token, row))
-                        if len(kept) == beams:
-                            break
-                    if len(finished[image]) == beams:
-                        worst = min(score for score, _ in finished[image])
-                        done[image] = early or worst >= values[image][0] / length**penalty
-                chosen_scores.append([value for value, _, _ in kept])
-                chosen_tokens += [token for _, token, _ in kept]
-                chosen_rows += [row for _, _, row in kept]
-            scores = torch.tensor(chosen_scores, device=device)
-            rows = torch.tensor(chosen_rows, device=device)
-            tokens = torch.tensor(chosen_tokens, device=device)
+            best = every.topk(max(2, 1 + len(ends)) * beams, dim=1)
+            chosen: list[tuple[float, int, int]] = []
+            for at, (image, values, places) in enumerate(
+                zip(images, best.values.tolist(), best.indices.tolist(), strict=True)
+            ):
+                candidates = [(value, *divmod(place, vocabulary)) for value, place in zip(values, places, strict=True)]
+                kept = image.advance(candidates, input_ids[at * beams : (at + 1) * beams])
+                chosen += [(value, at * beams + row, token) for value, row, token in kept]
+            totals, rows, tokens = (torch.tensor(column, device=device) for column in zip(*chosen, strict=True))
+            scores = totals.view(number, beams)
             input_ids = torch.cat([input_ids[rows], tokens[:, None]], dim=1)
             model_kwargs = self._update_model_kwargs_for_generation(outputs, model_kwargs)
-            cache = model_kwargs.get("past_key_values")
-            if cache is not None:
+            if (cache := model_kwargs.get("past_key_values")) is not None:
                 cache.reorder_cache(rows)
-            if all(done) or bool(stopping_criteria(input_ids, None).all()) or input_ids.shape[1] >= longest:
+            if bool(stopping_criteria(input_ids, None).all()) or input_ids.shape[1] >= longest:
                 break
-        for image in range(number):
-            if not done[image]:
-                for beam in range(beams):
-                    complete(image, float(scores[image, beam]), input_ids[image * beams + beam])
-
-        returned = generation_config.num_return_sequences
-        best_of = [one for held in finished for one in sorted(held, key=lambda one: one[0], reverse=True)[:returned]]
-        width = min(max(len(tokens) for _, tokens in best_of) + 1, longest)
-        sequences = torch.full((len(best_of), width), pad, dtype=torch.long, device=device)
-        end = min(ends) if ends else None
-        for row, (_, tokens) in enumerate(best_of):
-            sequences[row, : len(tokens)] = tokens
-            if len(tokens) < width and end is not None:
-                sequences[row, len(tokens)] = end
+        for image, totals, sequences in zip(images, scores.tolist(), input_ids.split(beams), strict=True):
+            image.close(totals, sequences)
+        best_of = [one for image in images for one in image.best(generation_config.num_return_sequences)]
+        sequences = _padded([tokens for _, tokens in best_of], longest, pad, min(ends, default=None))
         if not generation_config.return_dict_in_generate:
             return sequences
         return GenerateBeamDecoderOnlyOutput(
             sequences=sequences, sequences_scores=torch.tensor([score for score, _ in best_of], device=device)
         )
+
+
+@dataclass
+class _Beams:
+    """The hypotheses of one image.
+
+    Attributes:
+        size: how many are open, and how many complete ones are kept.
+        penalty: exponent of the length that a total is divided by.
+        early: done as soon as `size` hypotheses are complete.
+        ends: end tokens.
+        pad: token that a finished image goes on with.
+        complete: score and tokens, without the end token.
+        done: no open hypothesis can come above the complete ones.
+    """
+
+    size: int
+    penalty: float
+    early: bool
+    ends: set[int]
+    pad: int
+    complete: list[tuple[float, Tensor]] = field(default_factory=list)
+    done: bool = False
+
+    def advance(self, candidates: Sequence[tuple[float, int, int]], sequences: Tensor) -> list[tuple[float, int, int]]:
+        """The open hypotheses of the next step, out of the likeliest continuations.
+
+        Args:
+            candidates: total, beam and next token, likeliest first; enough for `size` that do not end.
+            sequences: (size, L) of the open hypotheses.
+        """
+        if self.done:
+            return [(0.0, 0, self.pad)] * self.size
+        kept: list[tuple[float, int, int]] = []
+        for rank, (total, row, token) in enumerate(candidates):
+            if token not in self.ends:
+                kept.append((total, row, token))
+            elif rank < self.size:
+                self._complete(total, sequences[row])
+            if len(kept) == self.size:
+                break
+        if len(self.complete) == self.size:
+            reachable = candidates[0][0] / sequences.shape[1] ** self.penalty
+            self.done = self.early or min(score for score, _ in self.complete) >= reachable
+        return kept
+
+    def close(self, totals: Sequence[float], sequences: Tensor) -> None:
+        """Completes the open hypotheses where the longest length was reached."""
+        if not self.done:
+            for total, tokens in zip(totals, sequences, strict=True):
+                self._complete(total, tokens)
+
+    def best(self, number: int) -> list[tuple[float, Tensor]]:
+        """The best complete hypotheses, best first."""
+        return sorted(self.complete, key=lambda one: one[0], reverse=True)[:number]
+
+    def _complete(self, total: float, tokens: Tensor) -> None:
+        self.complete.append((total / len(tokens) ** self.penalty, tokens))
+        if len(self.complete) > self.size:
+            scores = [score for score, _ in self.complete]
+            # Of equal ones the newcomer goes, else the oldest.
+            worst = len(scores) - 1 if scores[-1] <= min(scores) else scores.index(min(scores))
+            del self.complete[worst]
+
+
+def _padded(sequences: Sequence[Tensor], longest: int, pad: int, end: int | None) -> Tensor:
+    """(N, at most `longest`): the sequences, an end token where there is room for it, and padding."""
+    width = min(max(map(len, sequences)) + 1, longest)
+    padded = torch.full((len(sequences), width), pad, dtype=torch.long, device=sequences[0].device)
+    for row, tokens in enumerate(sequences):
+        padded[row, : len(tokens)] = tokens
+        if len(tokens) < width and end is not None:
+            padded[row, len(tokens)] = end
+    return padded
 
 
 __all__ = ["BlipTextDecoder"]
