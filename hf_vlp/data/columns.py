@@ -187,6 +187,8 @@ def _not_found(role: str, available: Sequence[str], where: str) -> str:
         f"{where}: no column looks like the {role}. It has {_listed(available)}. Say which one it is: "
         f'columns={{"{role}": "…"}} (in a script or on the command line: --columns {role}=…)'
     )
+    if len(available) == 1 and ";" in available[0]:
+        message += ". Its values are separated by semicolons: give commas (.csv) or tabs (.tsv)"
     if KINDS.get(role) == "image" and lower & {"url", "urls", "image_url", "img_url", "jpg_0"}:
         message += ". The data holds addresses of images, not images: download them first, for instance by img2dataset"
     return message

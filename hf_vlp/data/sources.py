@@ -27,7 +27,7 @@ from .readers import (
     json_kind,
 )
 from .rows import RowMaker, features_for
-from .splits import ALL, by_split, canonical_split, chosen, parse_split, part_bounds
+from .splits import ALL, NoSplitError, by_split, canonical_split, chosen, parse_split, part_bounds
 from .tables import all_rows, in_memory
 from .tars import TAR_SUFFIXES, TarShard
 from .typed import as_rows
@@ -206,7 +206,7 @@ def _file(
             reader = KarpathyFile(path, split)
             there = reader.splits()
             if split != ALL and canonical_split(split) not in there:
-                raise ValueError(f"{path} has no split {split!r}; it has {', '.join(sorted(there))}")
+                raise NoSplitError(str(path), split, sorted(there))
             return rows_of_readers([reader], schema, streaming, columns, root, str(path))
         reader = {"coco": CocoCaptionsFile, "lines": JsonLinesFile, "list": JsonFile}[kind](path)
     else:
@@ -274,20 +274,20 @@ class _Folder:
         reader = ImageFolder(self.folder, metadata, self.split)
         there = reader.splits() or {"train"}
         if self.split != ALL and canonical_split(self.split) not in there:
-            raise ValueError(f"{self.folder} has no split {self.split!r}; it has {', '.join(sorted(there))}")
+            raise NoSplitError(str(self.folder), self.split, sorted(there))
         return rows_of_readers([reader], self.schema, self.streaming, self.columns, self.root, str(self.folder))
 
     def _saved(self) -> Rows:
         saved = datasets.load_from_disk(str(self.folder))
         if isinstance(saved, Dataset):
             if self.split not in ("train", ALL):
-                raise ValueError(f"{self.folder} is one saved dataset without splits; ask for 'train'")
+                raise NoSplitError(str(self.folder), self.split, ["train"])
         elif self.split == ALL:
             saved = concatenate_datasets(list(saved.values()))
         else:
             names = {canonical_split(name): name for name in saved}
             if canonical_split(self.split) not in names:
-                raise ValueError(f"{self.folder} has no split {self.split!r}; it has {', '.join(saved)}")
+                raise NoSplitError(str(self.folder), self.split, saved)
             saved = saved[names[canonical_split(self.split)]]
         rows = as_rows(saved, self.schema, self.columns, self.root or self.folder, str(self.folder))
         return rows.to_iterable_dataset(num_shards=_shard_count(len(rows))) if self.streaming else rows
@@ -328,6 +328,12 @@ def _from_hub(
             f"{spec!r} is neither 'shapes', nor a file or folder here (seen from {os.getcwd()}), nor a data set that "
             f"the Hub gives: {error}"
         ) from error
+    except ValueError as error:
+        # What `datasets` raises where the split is missing, or where one is but not as a stream.
+        there = re.search(r"\[(.*)\]", str(error))
+        if not str(error).startswith(("Unknown split", "Bad split")) or there is None:
+            raise
+        raise NoSplitError(spec, base, there[1].replace("'", "").split(", ")) from error
     return part_of_rows(as_rows(loaded, schema, columns, root, spec), part)
 
 
@@ -367,16 +373,23 @@ def rows_of_readers(
 
 
 def _roles(readers: list[Any], columns: Mapping[str, str] | None, schema: Schema, where: str) -> dict[str, str]:
-    """The columns by the first records of the first file, or of the next ones where that is damaged or empty."""
+    """The columns by the first records of the first file, or of the next ones where that is damaged or empty.
+
+    Raises:
+        ValueError: no record can be read, or what they hold is not what the schema wants.
+    """
     names: list[str] = []
-    error: ValueError | None = None
+    error = ValueError(f"{where} holds no records")
     for reader in readers[:_PROBED_FILES]:
         names = list(dict.fromkeys((*names, *field_names(reader))))
         try:
             return choose_columns(names, columns, schema, where)
         except ValueError as found:
             error = found
-    raise error or ValueError(f"{where} holds no records")
+    if not names:
+        first = next((record.problem for reader in readers[:_PROBED_FILES] for record in reader), None)
+        raise ValueError(f"{where} holds no record that can be read" + (f" ({first})" if first else ""))
+    raise error
 
 
 def _rows(shards: list[tuple[RowMaker, Any]], stamps: Any = None) -> Iterator[dict[str, Any]]:

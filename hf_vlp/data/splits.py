@@ -22,6 +22,13 @@ _PART = re.compile(r"^(?P<name>[\w-]+)(?:\[(?P<part>[^\]]*)\])?$")
 _BOUND = re.compile(r"^(-?\d+)(%?)$")
 
 
+class NoSplitError(ValueError):
+    """The data has no split of the name that was asked for; the message lists those that it has."""
+
+    def __init__(self, where: str, split: str, there: Iterable[str]) -> None:
+        super().__init__(f"{where} has no split {split!r}; it has {', '.join(there) or 'none'}")
+
+
 def canonical_split(name: str) -> str:
     """`"val"` and `"dev"` are `"validation"`, `"restval"` is `"train"`; unknown names stay as they are."""
     return _WORDS.get(name.lower(), name)
@@ -61,16 +68,13 @@ def chosen(groups: dict[str, list[Path]], split: str, where: str) -> list[Path]:
     """The files of a split; of all of them for `"all"`.
 
     Raises:
-        ValueError: there is no such split; the message lists those that there are.
+        NoSplitError: there is no such split.
     """
     if split == ALL:
         return [file for files in groups.values() for file in files]
     name = canonical_split(split)
     if name not in groups:
-        raise ValueError(
-            f"{where} has no split {split!r}; it has {', '.join(sorted(groups)) or 'none'}. Ask for one of them, or "
-            f"for {ALL!r}"
-        )
+        raise NoSplitError(where, split, [*sorted(groups), *([ALL] if groups else ())])
     return groups[name]
 
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from hf_vlp.data import PairDataset, RecordLimits, TrainTransform
+from hf_vlp.data.splits import NoSplitError
 from hf_vlp.data.tasks import load_task
 from hf_vlp.training.arguments import option
+from hf_vlp.training.launch import say
 
 
 @dataclass
@@ -27,7 +29,9 @@ class DataArguments:
     )
     train_split: str = option("train", "Split of --train_data to train on.")
     eval_data: str | None = option(None, "Data for evaluation; --train_data if left out.")
-    eval_split: str = option("validation", "Split for evaluation; 'none' for no evaluation.")
+    eval_split: str = option(
+        "validation", "Split for evaluation; 'none' for no evaluation, as in data without a split of this name."
+    )
     columns: list[str] = option(list, "Names of columns in the data, as image=IMG text=CAPTION image_id=ID.")
     image_root: str | None = option(None, "Folder that image paths in annotation files are relative to.")
     streaming: bool = option(False, "Read the data as a stream, without an index; needs --max_steps.")
@@ -77,11 +81,23 @@ class DataArguments:
         return self._rows(self.train_data, self.train_split, seed, self.max_train_samples, self.streaming, task)
 
     def eval_rows(self, seed: int = 0, task: str = "retrieval") -> Any | None:
-        """Rows of the evaluation split; None with `--eval_split none`."""
+        """Rows of the evaluation split; None with `--eval_split none`, and where the training data has no validation
+        split and nobody asked for an evaluation, which is said on the terminal.
+
+        Raises:
+            NoSplitError: the data has no split of the name that was asked for.
+        """
         if self.eval_split.lower() == "none":
             return None
-        spec = self.eval_data or self.train_data
-        return self._rows(spec, self.eval_split, seed, self.max_eval_samples, False, task)
+        try:
+            return self._rows(
+                self.eval_data or self.train_data, self.eval_split, seed, self.max_eval_samples, False, task
+            )
+        except NoSplitError as error:
+            if self.eval_data or self.eval_split != type(self).eval_split:
+                raise
+            say(f"no evaluation: {error}. Name another split by --eval_split, or other data by --eval_data")
+            return None
 
     def _rows(self, spec: str, split: str, seed: int, limit: int | None, streaming: bool, task: str) -> Any:
         options: dict[str, Any] = {}

@@ -25,6 +25,7 @@ from hf_vlp.data import (
     load_pairs,
     load_questions,
 )
+from hf_vlp.data.splits import NoSplitError
 from tests.data.fakes import TinyProcessor
 from tests.data.hostile import encoded, picture
 
@@ -481,6 +482,9 @@ def test_sources_that_are_none(tmp_path: Path, images: Path) -> None:
     (tmp_path / "bad.parquet").write_text("x")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "header.csv").write_text("image,text\n")
+    (tmp_path / "semi.csv").write_text("image;text\na.png;hello\n")
+    (tmp_path / "bad.tar").write_text("x")
     for spec, error, named in (
         (tmp_path / "none.jsonl", FileNotFoundError, "no file or folder"),
         ("./none", FileNotFoundError, "no file or folder"),
@@ -489,7 +493,10 @@ def test_sources_that_are_none(tmp_path: Path, images: Path) -> None:
         (tmp_path / "odd.json", ValueError, "neither a list of records"),
         (tmp_path / "bad.parquet", ValueError, "bad.parquet is not a parquet file"),
         (tmp_path / "empty", ValueError, "nothing that can be read"),
-        (tmp_path / "empty.jsonl", ValueError, "no columns"),
+        (tmp_path / "empty.jsonl", ValueError, "empty.jsonl holds no record that can be read$"),
+        (tmp_path / "header.csv", ValueError, "header.csv holds no record that can be read$"),
+        (tmp_path / "semi.csv", ValueError, "separated by semicolons"),
+        (tmp_path / "bad.tar", ValueError, r"bad.tar holds no record that can be read \(shard_broken: ReadError"),
         (images, ValueError, "6 images but nothing that is said"),
     ):
         with pytest.raises(error, match=named):
@@ -505,6 +512,22 @@ def test_a_name_that_is_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", missing)
     with pytest.raises(FileNotFoundError, match="'org/none' is neither 'shapes', nor a file or folder.*doesn't exist"):
         load_pairs("org/none")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Unknown split \"test\". Should be one of ['train', 'dev'].",
+        "Bad split: test. Available splits: ['train', 'dev']",
+    ],
+)
+def test_a_split_that_the_hub_does_not_have(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_split(*args: Any, **options: Any) -> None:
+        raise ValueError(message)
+
+    monkeypatch.setattr(datasets, "load_dataset", without_split)
+    with pytest.raises(NoSplitError, match="org/name has no split 'test'; it has train, dev$"):
+        load_pairs("org/name", "test")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -1,6 +1,8 @@
 import pytest
+from PIL import Image
 
 from hf_vlp.data import PairDataset, PairIterableDataset
+from hf_vlp.data.splits import NoSplitError
 from hf_vlp.training import DataArguments
 from hf_vlp.training.data import pair_dataset, texts_of_rows
 from tests.training import runs
@@ -19,6 +21,21 @@ def test_fewer_rows_on_request():
     assert len(DataArguments(shapes_size=9, max_train_samples=4).train_rows()) == 4
     stream = DataArguments(shapes_size=9, max_train_samples=4, streaming=True).train_rows()
     assert len(list(stream)) == 4
+
+
+def test_data_without_a_validation_split_trains_without_evaluation(tmp_path, capsys):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "nothing"}\n')
+    folder = str(tmp_path)
+    assert DataArguments(train_data=folder).eval_rows() is None
+    said = capsys.readouterr().out
+    assert f"no evaluation: {folder} has no split 'validation'; it has train" in said
+    assert "--eval_split" in said
+    # Who asks for an evaluation gets it, or the error.
+    assert len(DataArguments(train_data=folder, eval_split="train").eval_rows()) == 1
+    for asked in ({"eval_split": "test"}, {"eval_data": folder}):
+        with pytest.raises(NoSplitError, match="it has train"):
+            DataArguments(train_data=folder, **asked).eval_rows()
 
 
 def test_records_of_a_table_and_of_a_stream():

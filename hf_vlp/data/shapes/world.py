@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from PIL.Image import Image as PilImage
 
+from ..splits import NoSplitError
 from ..tables import in_memory
 from .captions import altered_scene, caption
 from .drawing import draw
@@ -36,13 +37,14 @@ class ShapesWorld:
         seed: another seed, other scenes.
 
     Raises:
-        ValueError: unknown split, or `"heldout"` without held-out combinations.
+        NoSplitError: unknown split.
+        ValueError: `"heldout"` without held-out combinations.
     """
 
     def __init__(self, config: ShapesConfig | None = None, split: str = "train", seed: int = 0) -> None:
         self.config = config or ShapesConfig()
         if split not in SPLITS:
-            raise ValueError(f"Shapes has no split {split!r}; its splits are {', '.join(SPLITS)}")
+            raise NoSplitError("Shapes", split, SPLITS)
         self.split, self.seed = split, seed
         self.pairs = self.config.heldout_pairs if split == "heldout" else self.config.trained_pairs
         if not self.pairs:
