@@ -1,18 +1,19 @@
 """What CogVLM's benchmarks share: a model, a batch, and the plain way of the code that lies beside the checkpoints.
 
 That code writes the output of each expert into a tensor by a mask, for each matrix of each layer and in each step of
-the generation, and joins keys and values to those before by `cat`. `MaskedCogVLM` computes so, on the same weights;
-with `double=True` both experts compute all tokens and the mask chooses, as the simplest implementation would.
+the generation. `MaskedCogVLM` computes so, on the same weights and in the same `generate` of transformers; with
+`double=True` both experts compute all tokens and the mask chooses, as the simplest implementation would.
 """
 
-import statistics
-import time
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig
+from transformers import Cache, LlamaConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from hf_vlp.models.cogvlm.configuration_cogvlm import CogVLMConfig
@@ -53,25 +54,6 @@ def make_batch(model: CogVLMForConditionalGeneration, batch: int, words: int) ->
     return {"input_ids": ids, "pixel_values": torch.randn(batch, 3, side, side)}
 
 
-def timed(run: Callable[[], object], repeats: int, device: str) -> list[float]:
-    """Seconds of each run, after one that is not counted."""
-    seconds = []
-    for _ in range(repeats + 1):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return seconds[1:]
-
-
-def ratio_of_medians(ours: list[float], theirs: list[float]) -> float:
-    """Theirs over ours."""
-    return statistics.median(theirs) / statistics.median(ours)
-
-
 class MaskedCogVLM:
     """The same network, routed by masks.
 
@@ -99,7 +81,7 @@ class MaskedCogVLM:
         mixed[mask], mixed[other] = first, second
         return mixed
 
-    def layer(self, number: int, x: Tensor, mask: Tensor, rotary: tuple, cache: list) -> Tensor:
+    def layer(self, number: int, x: Tensor, mask: Tensor, rotary: tuple, cache: Cache) -> Tensor:
         """One layer; keys and values are put into the cache."""
         layer, expert = self.model.language_model.model.layers[number], self.model.visual_experts[number]
         attention, (seen, read) = layer.self_attn, self.fused[number]
@@ -110,9 +92,7 @@ class MaskedCogVLM:
         queries = heads.shape[1] * groups // (groups + 2)
         query, key, value = heads.split([queries, queries // groups, queries // groups], dim=1)
         query, key = apply_rotary_pos_emb(query, key, *rotary)
-        if cache[number] is not None:
-            key, value = torch.cat([cache[number][0], key], dim=2), torch.cat([cache[number][1], value], dim=2)
-        cache[number] = (key, value)
+        key, value = cache.update(key, value, number)
         out = F.scaled_dot_product_attention(
             query, repeat_kv(key, groups), repeat_kv(value, groups), is_causal=query.shape[2] > 1
         )
@@ -121,36 +101,36 @@ class MaskedCogVLM:
         normed = layer.post_attention_layernorm(x)
         return x + self.routed(normed, mask, lambda t: gated(expert, t), layer.mlp)
 
-    @torch.inference_mode()
-    def generate(self, input_ids: Tensor, pixel_values: Tensor, max_new_tokens: int) -> Tensor:
-        """Greedy continuation with a cache; rows without padding."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache,
+        position_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        logits_to_keep: int = 0,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """A step of `generate`; rows without padding."""
         model, inner = self.model, self.model.language_model.model
-        types = (input_ids == IMAGE).long()
         x = inner.embed_tokens(input_ids)
-        x = x.masked_scatter((types == 1)[..., None], model.get_image_features(pixel_values))
-        cache: list = [None] * len(inner.layers)
-        for _ in range(max_new_tokens):
-            steps = torch.ones_like(types)
-            steps[:, 1:] -= ((types[:, 1:] == 1) & (types[:, :-1] == 1)).long()
-            # The first feature and the end of the image count.
-            starts = torch.zeros_like(types)
-            starts[:, 2:] = ((types[:, 1:-1] == 1) & (types[:, :-2] == 0)).long()
-            ends = torch.zeros_like(types)
-            ends[:, :-1] = ((types[:, :-1] == 1) & (types[:, 1:] == 0)).long()
-            steps = (steps + starts + ends).clamp(max=1)
-            steps[:, 0] = 0
-            positions = steps.cumsum(dim=1)[:, -x.shape[1] :]
-            mask = torch.zeros_like(types, dtype=torch.bool)
-            mask[:, :-1] = (types[:, :-1] == 1) & (types[:, 1:] == 1)
-            mask = mask[:, -x.shape[1] :]
-            rotary = inner.rotary_emb(x, positions)
-            for number in range(len(inner.layers)):
-                x = self.layer(number, x, mask, rotary, cache)
-            token = model.language_model.lm_head(inner.norm(x[:, -1:])).argmax(dim=-1)
-            input_ids = torch.cat([input_ids, token], dim=1)
-            types = torch.cat([types, torch.zeros_like(token)], dim=1)
-            x = inner.embed_tokens(token)
-        return input_ids
+        mask = torch.zeros_like(input_ids, dtype=torch.bool)
+        if image_embeds is not None:
+            seen = token_type_ids == 1
+            x = x.masked_scatter(seen[..., None], model.get_image_features(image_embeds=image_embeds))
+            # The end of an image goes through the language model's matrices.
+            mask[:, :-1] = seen[:, :-1] & seen[:, 1:]
+        rotary = inner.rotary_emb(x, position_ids)
+        for number in range(len(inner.layers)):
+            x = self.layer(number, x, mask, rotary, past_key_values)
+        logits = model.language_model.lm_head(inner.norm(x[:, -logits_to_keep:]))
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+    def generate(self, **inputs: Any) -> Tensor:
+        """The model's own `generate`, with this forward pass."""
+        other = copy.copy(self.model)
+        other.forward = self.forward
+        return other.generate(**inputs)
 
 
 def gated(expert: torch.nn.Module, x: Tensor) -> Tensor:

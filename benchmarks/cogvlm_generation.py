@@ -8,9 +8,6 @@ The same weights, images and prompts; see `_cogvlm.py` for what the other sides 
 anything is timed.
 """
 
-import argparse
-import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,52 +15,31 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _cogvlm import MaskedCogVLM, make_batch, make_model, ratio_of_medians, timed  # noqa: E402
-from _memory import table  # noqa: E402
+from _cogvlm import MaskedCogVLM, make_batch, make_model  # noqa: E402
+from _generation import compare_generation, generation_parser  # noqa: E402
 
-MIN_RATIO = 1.0
+MAX_TIME = 1.0
 
 
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=4)
+    parser = generation_parser(__doc__, batch=4, new_tokens=32, repeats=3)
     parser.add_argument("--words", type=int, default=16)
-    parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs a side; the median is shown")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--small", action="store_true", help="a tiny model, to try the script")
     args = parser.parse_args(argv)
 
     model = make_model(args.small, 2 if args.small else args.layers).to(args.device)
     batch = {name: value.to(args.device) for name, value in make_batch(model, args.batch, args.words).items()}
     masked, double = MaskedCogVLM(model), MaskedCogVLM(model, double=True)
     number = args.new_tokens
+    search = {"max_new_tokens": number, "min_new_tokens": number, "do_sample": False}
     sides = {
-        "ours": lambda: model.generate(**batch, max_new_tokens=number, min_new_tokens=number, do_sample=False),
-        "masked": lambda: masked.generate(**batch, max_new_tokens=number),
-        "masked, double work": lambda: double.generate(**batch, max_new_tokens=number),
+        "ours": lambda: model.generate(**batch, **search),
+        "masked": lambda: masked.generate(**batch, **search),
+        "masked, double work": lambda: double.generate(**batch, **search),
     }
-    ids = {name: run() for name, run in sides.items()}
-    same = all(torch.equal(one[:, -number:], ids["ours"][:, -number:]) for one in ids.values())
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(args.repeats):
-        for name, run in sides.items():
-            seconds[name] += timed(run, 1, args.device)
-    result = {
-        "ids_equal": same,
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "speedup": ratio_of_medians(seconds["ours"], seconds["masked"]),
-        "speedup_over_double_work": ratio_of_medians(seconds["ours"], seconds["masked, double work"]),
-    }
-    rows = [[name, f"{value:.3f}", f"{args.batch * number / value:.1f}"] for name, value in result["seconds"].items()]
-    print(table(f"{args.batch} x {number} new tokens", ["side", "seconds", "tokens/s"], rows))
-    print(f"ids equal: {same}; {result['speedup']:.2f} x (at least {MIN_RATIO})")
-    print(json.dumps(result))
-    return result
+    return compare_generation("CogVLM", sides, "masked", args, MAX_TIME)
 
 
 if __name__ == "__main__":
-    found = main()
-    sys.exit(not (found["ids_equal"] and found["speedup"] >= MIN_RATIO))
+    main()

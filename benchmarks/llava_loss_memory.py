@@ -113,6 +113,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     print(table(f"{args.vocabulary:,} words, {batch['input_ids'].shape} tokens", ["", "MiB at peak", "loss"], rows))
     report = {"ratio": ratio, "peaks": peaks, "losses": losses, "gradient_difference": difference, "goal": MAX_RATIO}
     print(json.dumps(report))
+    if not args.small and ratio > MAX_RATIO:
+        raise SystemExit(f"{ratio:.3f} of the native class's memory, more than {MAX_RATIO}")
     return report
 
 

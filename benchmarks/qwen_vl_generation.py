@@ -10,10 +10,9 @@ The ids of both sides are compared before anything is timed.
 """
 
 import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from hf_vlp.models.qwen_vl.configuration_qwen_vl import QwenVLConfig, QwenVLVisionConfig
 from hf_vlp.models.qwen_vl.modeling_qwen_vl import QwenVLForConditionalGeneration
 
-MIN_RATIO = 1.0
+sys.path.insert(0, str(Path(__file__).parent))
+from _generation import compare_generation, generation_parser  # noqa: E402
+
+MAX_TIME = 1.0
 START, END, PAD = 10, 11, 12
 
 
@@ -44,7 +46,7 @@ def make_model(args: argparse.Namespace) -> QwenVLForConditionalGeneration:
         vision_config=vision.to_dict(), text_config=text.to_dict(), image_start_token_id=START,
         image_end_token_id=END, image_token_id=PAD,
     )  # fmt: skip
-    return QwenVLForConditionalGeneration(config).to(args.device).eval()
+    return QwenVLForConditionalGeneration(config).to(args.device).eval().requires_grad_(False)
 
 
 class RemoteStyle(nn.Module):
@@ -99,35 +101,15 @@ class RemoteStyle(nn.Module):
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
 
-def timed(sides: Mapping[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
-    """Seconds of each side, the median of runs that take turns."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats):
-        for name, function in sides.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            function()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            found[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
-
-
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=4)
+    parser = generation_parser(__doc__, batch=4, new_tokens=32, repeats=3)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vision-layers", type=int, default=4)
     parser.add_argument("--queries", type=int, default=256)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs a side; the median is shown")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--small", action="store_true", help="a tiny model, to try the script")
     args = parser.parse_args(argv)
     if args.small:
         args.hidden, args.layers, args.vision_layers, args.queries = 128, 2, 1, 16
@@ -149,19 +131,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     def run(side: Any) -> Callable[[], Tensor]:
         return lambda: side.generate(input_ids, pixel_values=pixels, eos_token_id=None, **options)
 
-    same = bool(torch.equal(run(model)(), run(theirs)()))
-    seconds = timed({"ours": run(model), "remote style": run(theirs)}, args.repeats, args.device)
-    result = {
-        "setting": {k: v for k, v in vars(args).items() if k not in ("repeats", "small")},
-        "same_ids": same,
-        "seconds": seconds,
-        "ratio": seconds["remote style"] / seconds["ours"],
-        "wanted_ratio": MIN_RATIO,
-    }
-    print(json.dumps(result, indent=2))
-    if not same:
-        raise SystemExit("the two sides write different ids: the figures mean nothing")
-    return result
+    sides = {"remote style": run(theirs), "ours": run(model)}
+    return compare_generation("Qwen-VL", sides, "remote style", args, MAX_TIME)
 
 
 if __name__ == "__main__":
