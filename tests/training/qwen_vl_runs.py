@@ -59,6 +59,8 @@ def instructblip_trainer(folder: str | Path, *, dropout: float = 0.0, lora_r: in
         InstructionSource("conversation", talks),
     ]
     processor = tiny_instructblip.processor()
+    # As `from_stage1` does: longer instructions lose their beginning.
+    processor.qformer_tokenizer.model_max_length = model.config.qformer_config.max_position_embeddings
     return VLPTrainer(
         model,
         runs.arguments(folder, **changes),
