@@ -2,7 +2,7 @@ r"""Stage 2 of BLIP-2 (arXiv 2301.12597, section 3.2): the Q-Former speaks to a 
 
 On the built-in Shapes, on two CPU cores, after stage 1 and training_scripts/language_model.py:
     python training_scripts/blip2_stage2.py --config training_scripts/blip2_stage2_cpu.yaml \
-        --stage1 outputs/stage1/model --language_model outputs/opt --output_dir outputs/stage2
+        --stage1 outputs/stage1/model --language_model outputs/opt/model --output_dir outputs/stage2
 The paper's setting (16 A100 40G, under 3 days):
     accelerate launch --num_processes 16 training_scripts/blip2_stage2.py \
         --config training_scripts/blip2_stage2_paper.yaml --stage1 outputs/stage1/model \

@@ -13,6 +13,7 @@ What differs from the parent, and why:
 import inspect
 import logging
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -47,6 +48,9 @@ logger = logging.getLogger(__name__)
 RECORD_REPORT = "record_report"
 # Scalars of an output that are worth a curve although they are no losses.
 _LOGGED_SCALARS = ("logit_scale", "temperature", "alpha")
+# Arguments of the scripts that name a model to start from.
+_STARTS = ("model_name_or_path", "vision_model", "text_model", "stage1", "qformer", "language_model")
+_HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
 # Ends of the names under which `evaluate` reports its own speed.
 _SPEED = ("_runtime", "_per_second")
 
@@ -453,9 +457,10 @@ class VLPTrainer(ResumableTrainer):
 
         data = self.extra_settings.get("data", {})
         name = str(data.get("train_data", "unnamed data"))
-        evaluated = str(getattr(self.evaluator, "name", None) or name)
+        evaluated = self._evaluated_on() or name
         return CardData(
             data=name,
+            base_models=self._base_models(),
             recipe={self.args.stage or "training": recipe_of(self.args)},
             command=" ".join([*(["accelerate launch"] if self.args.world_size > 1 else ["python"]), *sys.argv]),
             metrics=[
@@ -464,6 +469,21 @@ class VLPTrainer(ResumableTrainer):
                 if isinstance(value, int | float) and math.isfinite(value) and not key.endswith(_SPEED)
             ],
         )
+
+    def _evaluated_on(self) -> str | None:
+        """Name of the data of the evaluation, which need not be the training data; None where its rows do not say."""
+        for holder in (self.evaluator, self.eval_dataset):
+            rows = getattr(holder, "rows", None)
+            if hasattr(rows, "__len__") and len(rows) and rows[0].get("source"):
+                return str(rows[0]["source"])
+        return None
+
+    def _base_models(self) -> list[str]:
+        """Hub ids among the models that the run started from."""
+        given = self.extra_settings.get("model_arguments", {})
+        named = [given.get(name) for name in _STARTS]
+        ids = [name for name in named if name and name != "scratch" and _HUB_ID.fullmatch(name)]
+        return list(dict.fromkeys(name for name in ids if not Path(name).exists()))
 
     def finish(self) -> dict[str, float]:
         """What every script does after training: evaluates, exports, pushes if asked to; gives the metrics.

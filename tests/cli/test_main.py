@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,13 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert summary in text
     assert "examples:" in text
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_the_documentation_lists_every_command() -> None:
+    text = (Path(hf_vlp.__file__).parent.parent / "docs" / "hub.md").read_text()
+    table = [row for row in text.splitlines() if row.startswith("| `")]
+    missing = [name for name in COMMANDS if not any(re.search(rf"`{name}\b", row) for row in table)]
+    assert not missing
 
 
 @pytest.mark.parametrize("name", WITH_PARSERS)

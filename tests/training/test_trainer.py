@@ -2,10 +2,12 @@ import logging
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import CLIPModel
 
 from hf_vlp.data import ErrorRateExceeded, PairDataset, PairIterableDataset, RecordLimits
 from hf_vlp.training import VLPTrainer
+from hf_vlp.training.evaluators import RetrievalEvaluator
 from tests.training import runs
 
 TRAINERS = {
@@ -257,6 +259,29 @@ def test_export_is_what_transformers_loads(tmp_path):
     assert "t2i_r1_itc" in card
     assert "learning_rate" in card
     assert "eval_runtime" not in card
+
+
+def test_the_card_names_what_was_evaluated_and_what_it_started_from(tmp_path):
+    evaluator = RetrievalEvaluator(None, [{**row, "source": "elsewhere/test"} for row in runs.rows(2)])
+    start = {
+        "vision_model": "org/clip",
+        "qformer": "scratch",
+        "language_model": str(tmp_path),
+        "tokenizer": "org/words",
+    }
+    settings = {"data": {"train_data": "org/pairs"}, "model_arguments": start}
+    trainer = runs.clip_trainer(tmp_path, trainer_options={"evaluator": evaluator, "settings": settings})
+    card = (trainer.export(metrics={"eval_t2i_r1_itc": 0.25}) / "README.md").read_text()
+    assert "**Data.** org/pairs" in card
+    assert "| t2i_r1_itc | 0.25 | elsewhere/test |" in card
+    metadata = ModelCard(card).data
+    assert metadata.base_model == ["org/clip"]
+    assert metadata.eval_results[0].dataset_name == "elsewhere/test"
+    # Without rows that tell, it is the training data.
+    trainer.evaluator = None
+    assert (
+        "| t2i_r1_itc | 0.25 | org/pairs |" in (trainer.export(metrics={"t2i_r1_itc": 0.25}) / "README.md").read_text()
+    )
 
 
 def test_tensorboard_gets_the_terms(tmp_path):
