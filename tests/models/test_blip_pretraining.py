@@ -22,7 +22,7 @@ from hf_vlp.models.blip.tasks_blip import (
 )
 from hf_vlp.models.pretraining import EXTRAS_FILE
 from tests.distributed import run_ranks
-from tests.tiny.blip import VOCAB_SIZE, blip_config, images, spread_weights, texts, towers
+from tests.tiny.blip import blip_config, images, spread_weights, texts, towers
 from tests.tiny.cached import as_repository
 
 LENGTHS = [5, 7, 3, 6, 4, 8]
@@ -347,5 +347,5 @@ def test_it_learns_its_batch():
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-    assert output.loss_lm.item() < first["loss_lm"] / 1.5 < VOCAB_SIZE
+    assert output.loss_lm.item() < first["loss_lm"] / 1.5
     assert output.loss_itc.item() < first["loss_itc"]
