@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_vlp.evaluation.images import Failure, ImageRows, Skipped
@@ -13,16 +14,18 @@ from hf_vlp.evaluation.runtime import evaluating, gather_lists, progress, shard,
 def new_tokens(outputs: Tensor, input_ids: Tensor | None) -> Tensor:
     """What `generate` added: decoder-only models give the prompt back in front, encoder-decoder models do not.
 
+    BLIP gives it back with another first token, and without the last one.
+
     Args:
         outputs: (n, length) of `generate`.
         input_ids: (n, prompt length) given to it, or None.
     """
     if input_ids is None:
         return outputs
-    length = input_ids.shape[1]
-    given_back = outputs.shape[0] == input_ids.shape[0] and outputs.shape[1] >= length
-    if given_back and bool((outputs[:, :length] == input_ids).all()):
-        return outputs[:, length:]
+    for length in (input_ids.shape[1], input_ids.shape[1] - 1):
+        start = min(1, length - 1)
+        if 0 < length <= outputs.shape[1] and torch.equal(outputs[:, start:length], input_ids[:, start:length]):
+            return outputs[:, length:]
     return outputs
 
 
@@ -71,9 +74,12 @@ def generate_texts(
     if generation.get("num_return_sequences", 1) != 1:
         raise ValueError("num_return_sequences: evaluation compares one text an image; leave it at 1")
 
+    # A question that an encoder of its own reads is never given back, but an answer may begin with its words.
+    gives_back = not hasattr(model, "encode_questions")
+
     def generate(inputs: dict[str, Any]) -> list[str]:
         outputs = model.generate(**inputs, **generation)
-        added = new_tokens(outputs, inputs.get("input_ids"))
+        added = new_tokens(outputs, inputs.get("input_ids") if gives_back else None)
         return [text.strip() for text in processor.batch_decode(added, skip_special_tokens=True)]
 
     with prompts_end_together(model, processor):

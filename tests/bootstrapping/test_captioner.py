@@ -54,6 +54,16 @@ def test_the_prompt_is_not_part_of_the_caption(captioner: Captioner):
     assert not any(text.startswith("a photo of") for own in texts for text in own)
 
 
+def test_a_prompt_is_recognised_as_the_processor_reads_it():
+    spelled, plain = (
+        Captioner(blip_model(), blip_processor(), CaptionSettings(max_new_tokens=9, prompt=prompt))
+        for prompt in ("A Photo of:", "a photo of")
+    )
+    texts = captions(spelled, COUNT)
+    assert texts == captions(plain, COUNT)
+    assert not any("a photo of" in text for own in texts for text in own)
+
+
 def test_beams_are_those_of_the_evaluation(captioner: Captioner):
     rows = [{"image": image} for image in blip2.images(COUNT)]
     expected, _ = generate_texts(

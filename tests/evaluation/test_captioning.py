@@ -6,6 +6,7 @@ from hf_vlp.data import load_shapes
 from hf_vlp.data.records import ErrorRateExceeded
 from hf_vlp.evaluation import caption_metrics, evaluate_captioning, evaluate_shapes_captions, tokenize_captions
 from hf_vlp.evaluation.captioning import score_captions
+from tests.bootstrapping.blip import blip_model, blip_processor
 from tests.evaluation.fakes import FakeWriter, FakeWriterProcessor, numbered_image
 from tests.tiny import blip2
 
@@ -115,6 +116,19 @@ def test_batches_do_not_change_the_captions_of_blip2(kind: str, prompt: str):
     if kind != "t5":
         written = written[:, inputs["input_ids"].shape[1] :]
     assert batched["details"][0]["caption"] == processor.batch_decode(written, skip_special_tokens=True)[0].strip()
+
+
+def test_blips_prompt_is_not_part_of_the_caption():
+    """Its decoder reads the prompt with a start of its own and without the end."""
+    model, processor = blip_model(), blip_processor()
+    data = [{"image": image, "text": text} for image, text in zip(blip2.images(3), blip2.TEXTS)]
+    options = {"prompt": "A photo of", "num_beams": 2, "max_new_tokens": 6, "details": True, "show_progress": False}
+    found = [one["caption"] for one in evaluate_captioning(model, processor, data, **options)["details"]]
+    inputs = processor(images=blip2.images(3), text=["a photo of"] * 3, padding=True, return_tensors="pt")
+    written = model.generate(**inputs, num_beams=2, max_new_tokens=6, length_penalty=1.0)
+    prompted = processor.batch_decode(written, skip_special_tokens=True)
+    assert all(text.startswith("a photo of") for text in prompted)
+    assert found == [text.removeprefix("a photo of").strip() for text in prompted]
 
 
 def test_shapes_captions_are_compared_with_the_scene(tmp_path):
