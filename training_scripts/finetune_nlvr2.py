@@ -8,6 +8,7 @@ On NLVR2, ALBEF's setting (8 A100, 10 epochs at 384 px):
     accelerate launch --num_processes 8 training_scripts/finetune_nlvr2.py \
         --config training_scripts/finetune_nlvr2_paper.yaml --model_name_or_path path/to/pretrained \
         --train_data path/to/nlvr2 --image_root path/to/images --output_dir outputs/nlvr2
+BLIP's setting is training_scripts/finetune_nlvr2_blip_paper.yaml.
 
 Reports accuracy, and consistency: the share of sentences that are judged rightly on all their pairs of images. A
 model that knows nothing has a loss of ln 2 = 0.693.

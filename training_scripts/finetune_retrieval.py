@@ -8,6 +8,7 @@ On COCO, ALBEF's setting (8 A100, 5 epochs at 384 px):
     accelerate launch --num_processes 8 training_scripts/finetune_retrieval.py \
         --config training_scripts/finetune_retrieval_paper.yaml --model_name_or_path path/to/pretrained \
         --train_data path/to/dataset_coco.json --image_root path/to/images --output_dir outputs/retrieval
+BLIP's setting is training_scripts/finetune_retrieval_blip_paper.yaml.
 
 Reports Recall@1/5/10 in both directions, by contrast alone (_itc) and re-ranked by matching (_itm).
 """

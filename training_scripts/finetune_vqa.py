@@ -8,6 +8,7 @@ On VQAv2, ALBEF's setting (8 A100, 8 epochs at 384 px):
     accelerate launch --num_processes 8 training_scripts/finetune_vqa.py \
         --config training_scripts/finetune_vqa_paper.yaml --model_name_or_path path/to/pretrained \
         --train_data path/to/vqav2 --image_root path/to/images --answer_list answer_list.json --output_dir outputs/vqa
+BLIP's setting is training_scripts/finetune_vqa_blip_paper.yaml.
 
 Reports VQA accuracy and exact match, with answers ranked over a closed list or generated.
 """
