@@ -30,7 +30,7 @@ from hf_vlp.training.evaluators import RetrievalEvaluator
 from hf_vlp.training.launch import say
 from hf_vlp.training.momentum import MomentumArguments, ObjectiveArguments
 from hf_vlp.training.presets import SIZES, albef_config, new_bert_tokenizer
-from hf_vlp.training.tasks import fit_processor, image_size_of
+from hf_vlp.training.tasks import check_paths, fit_processor, image_size_of
 
 # What a folder to go on from brings along.
 OF_A_MODEL = (
@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         raise SystemExit("albef.py: --vision_model and --text_model go together; leave both out to start from scratch")
     if model_args.text_assignment and not folder:
         raise SystemExit("albef.py: --text_assignment starts from a pretrained model: --model_name_or_path is missing")
+    check_paths("albef.py", model_args, "model_name_or_path", "vision_model", "text_model", "tokenizer")
     set_seed(args.seed)
 
     # 1. Data

@@ -27,7 +27,7 @@ from hf_vlp.training.evaluators import RetrievalEvaluator
 from hf_vlp.training.launch import say
 from hf_vlp.training.momentum import MomentumArguments, ObjectiveArguments
 from hf_vlp.training.presets import SIZES, blip_config, new_bert_tokenizer
-from hf_vlp.training.tasks import fit_processor, image_size_of
+from hf_vlp.training.tasks import check_paths, fit_processor, image_size_of
 
 # What a folder to go on from brings along.
 OF_A_MODEL = (
@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     folder = model_args.model_name_or_path
     if bool(model_args.vision_model) != bool(model_args.text_model):
         raise SystemExit("blip.py: --vision_model and --text_model go together; leave both out to start from scratch")
+    check_paths("blip.py", model_args, "model_name_or_path", "vision_model", "text_model", "tokenizer")
     set_seed(args.seed)
 
     # 1. Data

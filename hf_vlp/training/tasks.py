@@ -30,11 +30,30 @@ class TaskModelArguments:
         """`model_name_or_path`.
 
         Raises:
-            SystemExit: it is missing.
+            SystemExit: it is missing, or a path where nothing is.
         """
         if not self.model_name_or_path:
             raise SystemExit(f"{script}: --model_name_or_path is missing: a pretrained model to fine-tune")
+        check_paths(script, self, "model_name_or_path")
         return self.model_name_or_path
+
+
+def check_paths(script: str, arguments: Any, *names: str) -> None:
+    """Finds out before the Hub is asked for a folder that is not there.
+
+    Args:
+        script: for the message.
+        arguments: a dataclass of arguments.
+        names: of its fields, each a folder or Hub id.
+
+    Raises:
+        SystemExit: one can only be a path, as a Hub id has one slash at most, and nothing is there.
+    """
+    for name in names:
+        given = getattr(arguments, name) or ""
+        is_path = given.startswith((".", "~", "/")) or given.count("/") > 1 or Path(given).is_absolute()
+        if is_path and not Path(given).exists():
+            raise SystemExit(f"{script}: --{name} {given}: there is no such folder")
 
 
 def load_for_task(

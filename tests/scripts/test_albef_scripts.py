@@ -167,6 +167,13 @@ def test_missing_arguments_are_named(name, argv, message):
         script(name).main(argv)
 
 
+@pytest.mark.parametrize("name", ["albef", "blip", *TASKS, "finetune_captioning", "finetune_dialog"])
+def test_a_folder_that_is_not_there_is_named(name, tmp_path):
+    missing = str(tmp_path / "modle")
+    with pytest.raises(SystemExit, match=f"{name}.py: --model_name_or_path .*modle: there is no such folder"):
+        script(name).main(["--model_name_or_path", missing, "--output_dir", str(tmp_path)])
+
+
 @pytest.mark.parametrize(("name", "role"), [("finetune_captioning", "captioning"), ("finetune_dialog", "dialog")])
 def test_a_task_that_the_architecture_lacks_is_refused_with_those_that_it_has(pretrained, tmp_path, name, role):
     folder, _ = pretrained
