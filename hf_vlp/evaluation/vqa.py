@@ -18,10 +18,11 @@ DEFAULT_PROMPT = "Question: {} Answer:"
 
 
 def answers_of(value: Any) -> list[str]:
-    """The human answers of a row: a string, a list of strings, or VQA's list of `{"answer": …}`."""
+    """The human answers of a row: a string, a list of strings, or VQA's list of `{"answer": …}`; None is no answer."""
     if isinstance(value, str):
         return [value]
-    return [one["answer"] if isinstance(one, dict) else str(one) for one in value or []]
+    given = [one["answer"] if isinstance(one, dict) else one for one in value or []]
+    return [str(one) for one in given if one is not None]
 
 
 def evaluate_vqa(

@@ -153,6 +153,7 @@ def test_candidates_stand_one_after_another() -> None:
             record(caption="c", turns=[{**TURNS[0], "candidates": None}]),
             record(caption="c", turns=[{**TURNS[0], "answer": "a pig"}]),
             record(caption=None, turns=TURNS),
+            record(caption="c", turns=[{**TURNS[0], "answer": None}, TURNS[1]], turn_index=1),
         ]
     )
     assert set(batch) == PAIR | {
@@ -168,7 +169,10 @@ def test_candidates_stand_one_after_another() -> None:
         "candidates_missing": 1,
         "candidates_wrong": 1,
         "text_missing": 1,
+        "turns_wrong": 1,
     }
+    (example,) = batch[REPORT_KEY].examples["turns_wrong"]
+    assert example.detail == "turn 0, which later ones follow: text_missing"
 
 
 def test_wrong_candidates_are_drawn_by_the_records_seed() -> None:

@@ -59,6 +59,18 @@ def test_single_answers_are_matched_exactly():
     assert evaluate(data)["metrics"] == {"exact_match": 1 / 3}
 
 
+def test_an_answer_that_is_missing_is_not_the_word_none():
+    data = rows()
+    data[0]["answers"] = [*ANSWERS[0], None]
+    data[1]["answers"] = [{"answer": answer} for answer in (*ANSWERS[1], None)]
+    assert evaluate(data)["metrics"] == evaluate(rows())["metrics"]
+    nothing = evaluate_vqa(FakeWriter(["none"] * 3), FakeWriterProcessor(), data, show_progress=False)
+    assert nothing["metrics"]["exact_match"] == 0
+    data[2]["answers"] = [None] * 10
+    with pytest.raises(ValueError, match="1 questions have no answers .row 2"):
+        evaluate(data)
+
+
 def test_the_answers_of_the_official_file():
     data = [
         row | {"answers": [{"answer": a, "answer_id": k, "answer_confidence": "yes"} for k, a in enumerate(given)]}

@@ -214,8 +214,7 @@ class DialogCollator(_TaskCollator):
         number = len(turns) - 1 if number is None else number
         question = usable_text(turns[number].get("question"))
         caption = usable_text(_single(record.get("caption")))
-        for asked, answered in (history := history_of(turns, number)):
-            usable_text(asked), usable_text(answered)
+        history = history_of(turns, number)
         candidates, right = candidates_of(turns[number])
         if self.negatives is not None:
             wrong = [position for position in range(len(candidates)) if position != right]

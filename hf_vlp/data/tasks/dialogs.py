@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..records import BadRecord, usable_text
+
 _ENDS = (".", "?", "!", ",", ";", ":")
 
 
@@ -36,8 +38,18 @@ def fitted_text(caption: str, history: Sequence[tuple[str, str]], question: str,
 
 
 def history_of(turns: Sequence[Mapping[str, Any]], turn: int) -> list[tuple[str, str]]:
-    """(question, answer) of the turns before number `turn`."""
-    return [(str(one["question"]), str(one["answer"])) for one in turns[:turn]]
+    """(question, answer) of the turns before number `turn`.
+
+    Raises:
+        BadRecord: one of them lacks its question or its answer; the detail says which.
+    """
+    history = []
+    for number, one in enumerate(turns[:turn]):
+        try:
+            history.append((usable_text(one.get("question")), usable_text(one.get("answer"))))
+        except BadRecord as error:
+            raise BadRecord("turns_wrong", f"turn {number}, which later ones follow: {error.reason}") from None
+    return history
 
 
 def _ended(text: str, mark: str) -> str:

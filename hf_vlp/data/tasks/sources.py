@@ -48,7 +48,7 @@ def load_task(
     | `visual_reasoning` | `image_0`, `image_1`, `text`, `label` (0 false, 1 true), `sentence_id`, `identifier` |
     | `visual_entailment` | `image`, `text`, `label` (0 contradicts, 1 neutral, 2 entails), `image_id`, `pair_id` |
     | `dialog` | `image`, `caption`, `turns` [{`question`, `answer`, `candidates`, `relevance`}], `image_id` |
-    | `grounding` | `image`, `text`, `boxes` (left, top, right, bottom in pixels), `image_id` |
+    | `grounding` | `image`, `text`, `boxes` (left, top, right, bottom in pixels), `proposals`, `image_id` |
 
     A source is what `load_pairs` reads (Shapes, parquet, JSON lines, JSON, CSV, tars, saved datasets, the Hub), and
     the annotation files of VQAv2, NLVR2, SNLI-VE, VisDial v1.0 and RefCOCO, or a folder of them.
