@@ -97,6 +97,9 @@ def test_twin_follows_in_training_only_and_is_not_exported(cls: type, tmp_path: 
     own, loaded = model.state_dict(), again.state_dict()
     assert own.keys() == loaded.keys() and all(torch.equal(own[name], loaded[name]) for name in own)
     assert again.settings == model.settings
+    larger = cls.from_pretrained(tmp_path / "whole", image_size=48)
+    for part in (larger.model, larger.momentum):
+        assert part.albef.vision_model.embeddings.position_embeddings.shape[1] == 10
 
 
 def test_no_twin_without_distillation() -> None:

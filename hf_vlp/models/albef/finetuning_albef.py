@@ -249,9 +249,15 @@ class AlbefTaskFineTuning(PreTrainingMixin, AlbefPreTrainedModel):
         kwargs.setdefault("dtype", torch.float32)
         where = hub_arguments(kwargs)
         config = kwargs.pop("config", None) or AlbefConfig.from_pretrained(pretrained_model_name_or_path, **where)
+        image_size = kwargs.pop("image_size", None)
         if cls.__name__ in (config.architectures or []):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **settings, **kwargs)
-        model = start_task(cls.task_class, pretrained_model_name_or_path, config=config, **kwargs)
+            model = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **settings, **kwargs)
+            if image_size is not None and image_size != model.config.vision_config.image_size:
+                model.set_image_size(image_size)
+            return model
+        model = start_task(
+            cls.task_class, pretrained_model_name_or_path, config=config, image_size=image_size, **kwargs
+        )
         return cls.from_inference_model(model, **settings)
 
     @property
