@@ -381,7 +381,12 @@ def test_tiles_that_do_not_fit() -> None:
         check_grids([[16, 40]], 16)
     with pytest.raises(TileError, match="3 tiles are given"):
         merge_tiles(torch.zeros(4, 4, 2), (16, 32), (1, 2), None)
-    assert sorted(grids(336)) == sorted([[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]])
+    assert grids(336) == [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    assert grids(10, 3) == [[10, 20], [20, 10], [30, 10], [10, 30]]
+    for most, count in ((5, 9), (6, 13)):
+        shapes = [(height // 10, width // 10) for height, width in grids(10, most)]
+        assert len(set(shapes)) == len(shapes) == count
+        assert all(2 <= rows * columns <= most for rows, columns in shapes)
 
 
 def test_a_merge_type_that_cannot_be_saved(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ MergeType = Literal["spatial_unpad", "spatial", "flat"]
 MERGE_TYPES = ("spatial_unpad", "spatial", "flat")
 # Tiles beside the base image that LLaVA-NeXT's own grids have at most.
 MAX_TILES = 4
+_NEXT_GRIDS = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
 
 
 class TileError(ValueError):
@@ -22,9 +23,10 @@ class TileError(ValueError):
 
 
 def grids(tile_size: int, max_tiles: int = MAX_TILES) -> list[list[int]]:
-    """Resolutions (height, width) of an image cut into 2 to `max_tiles` tiles: one row, one column, or 2 x 2.
+    """Resolutions (height, width) of an image cut into 2 to `max_tiles` tiles.
 
-    With 3 tiles in a line and 4 in a square these are LLaVA-NeXT's own, in its order.
+    Up to 4 tiles these are LLaVA-NeXT's own, in its order: 2 or 3 in a line, 4 in a square. With more, all grids of up
+    to so many tiles.
 
     Raises:
         TileError: `max_tiles` is below 2.
@@ -33,17 +35,11 @@ def grids(tile_size: int, max_tiles: int = MAX_TILES) -> list[list[int]]:
         raise TileError(
             f"max_tiles must be at least 2, not {max_tiles}; for one tile an image use LLaVA 1.5 (`llava`)"
         )
-    longest = min(max_tiles, 3)
-    shapes = [(1, 2), (2, 1)]
-    if max_tiles >= 4:
-        shapes.append((2, 2))
-    shapes += [shape for n in range(3, longest + 1) for shape in ((n, 1), (1, n))]
-    shapes += [
-        (rows, columns)
-        for rows in range(1, max_tiles + 1)
-        for columns in range(1, max_tiles + 1)
-        if 4 < rows * columns <= max_tiles
-    ]
+    shapes = [shape for shape in _NEXT_GRIDS if shape[0] * shape[1] <= max_tiles]
+    if max_tiles > MAX_TILES:
+        sides = range(1, max_tiles + 1)
+        every = [(rows, columns) for rows in sides for columns in sides if 2 <= rows * columns <= max_tiles]
+        shapes += [shape for shape in every if shape not in shapes]
     return [[rows * tile_size, columns * tile_size] for rows, columns in shapes]
 
 
