@@ -13,12 +13,13 @@ class UsageError(ValueError):
 
 
 def user_errors() -> tuple[type[BaseException], ...]:
-    """The errors that are reported in a line, because they speak of what the user gave: names, files, data, the Hub.
+    """The errors that are reported in a line, because they speak of what the user gave: names, files, data, settings
+    under which a loss is no number, the Hub.
 
     Anything else is a defect of the program and keeps its traceback. Classes of modules that were never imported can't
     have been raised, and are not imported for this.
     """
-    found: list[type[BaseException]] = [ValueError, OSError, KeyError, ImportError]
+    found: list[type[BaseException]] = [ValueError, OSError, KeyError, ImportError, FloatingPointError]
     for module, names in {
         "hf_vlp.hub.pushing": ("PushError", "FolderError"),
         "hf_vlp.hub.verification": ("VerificationError",),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
@@ -87,8 +87,3 @@ def read_extras(name_or_path: str | Path, **where: Any) -> dict[str, Tensor]:
         **where,
     )
     return {} if path is None else load_file(path)
-
-
-def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Named parameters that require a gradient."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

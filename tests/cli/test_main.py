@@ -104,6 +104,7 @@ def failing(error: BaseException) -> int:
             EXIT_FAILED,
             "No such file or directory: 'x.png'",
         ),
+        (FloatingPointError("the loss is nan at step 3"), EXIT_FAILED, "the loss is nan at step 3"),
         (ModuleNotFoundError("No module named 'tensorboard'"), EXIT_FAILED, "No module named 'tensorboard'"),
     ],
 )
