@@ -1,6 +1,6 @@
 """What training with a momentum twin and a queue is in ALBEF (arXiv 2107.07651) and BLIP (2201.12086) alike."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_vlp.models.pretraining import EXTRAS_FILE
 from hf_vlp.nn.momentum import update_twin
 from hf_vlp.nn.queue import FeatureQueue
 from hf_vlp.objectives.contrastive import ContrastiveOutput, contrastive_loss
@@ -100,6 +101,32 @@ class Contrast(NamedTuple):
     text_features_m: Tensor
     targets: tuple[Tensor, Tensor]
     hard_targets: Tensor
+
+
+def check_extras(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], optional: Collection[str] = ()) -> None:
+    """Compares the state of a training with what an export kept of one.
+
+    Args:
+        own: name -> tensor that is to be filled.
+        stored: the side file's.
+        optional: names that the side file may lack.
+
+    Raises:
+        ValueError: the side file is of another model or of other settings; the message names shapes.
+    """
+    wrong = [f"{name}, which is unknown here" for name in stored if name not in own]
+    wrong += [
+        f"{name} of {tuple(value.shape)}, here {tuple(own[name].shape)}"
+        for name, value in stored.items()
+        if name in own and own[name].shape != value.shape
+    ]
+    lacking = sorted(set(own) - set(stored) - set(optional))
+    if wrong or lacking:
+        raise ValueError(
+            f"{EXTRAS_FILE} does not fit: it has {'; '.join(wrong[:3]) or 'nothing else'} and lacks {lacking[:3]}. Go "
+            "on with the settings that it was written with (queue_size, …), or move it away to start with a new twin "
+            "and queue"
+        )
 
 
 class MomentumContrastMixin:
@@ -295,4 +322,11 @@ class MomentumContrastMixin:
         return {name: level for name, level in levels.items() if name[5:] in self.settings.objectives}
 
 
-__all__ = ["TEMPERATURE_RANGE", "Contrast", "ContrastSettings", "MomentumContrastMixin", "TwinSettings"]
+__all__ = [
+    "TEMPERATURE_RANGE",
+    "Contrast",
+    "ContrastSettings",
+    "MomentumContrastMixin",
+    "TwinSettings",
+    "check_extras",
+]

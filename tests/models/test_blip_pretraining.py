@@ -240,6 +240,9 @@ def test_every_task_starts_from_the_pretrained_folder(tmp_path: Path, width: int
     model = BlipForPreTraining(blip_config(vision_width=width), queue_size=12)
     spread_weights(model.model)
     model.model.tie_weights()
+    model.steps.fill_(7)
+    with torch.no_grad():
+        model.temperature.fill_(0.05)
     model.export(tmp_path)
     parameters = dict(model.model.named_parameters(remove_duplicate=False))
     captioner = BlipForConditionalGeneration.from_pretrained(tmp_path, image_size=64)
@@ -261,8 +264,12 @@ def test_every_task_starts_from_the_pretrained_folder(tmp_path: Path, width: int
     reasoning.export(tmp_path / "nlvr")
     assert BlipTasksForVisualReasoning.from_pretrained(tmp_path / "nlvr").config.merge_from == 1
     BlipForVisualDialog.from_pretrained(tmp_path)
-    retrieval = BlipForRetrievalFineTuning.from_pretrained(tmp_path)
+    retrieval = BlipForRetrievalFineTuning.from_pretrained(tmp_path, alpha=0.4, alpha_warmup_steps=4)
     assert torch.equal(retrieval.queue.images, model.queue.images) and len(retrieval.queue.image_ids) == 12
+    assert torch.equal(retrieval.temperature, model.temperature)
+    assert int(retrieval.steps) == 0 and retrieval.current_alpha() == 0, "alpha warms up anew"
+    with pytest.raises(ValueError, match=r"queue.images of \(12, 24\), here \(4, 24\).*queue_size"):
+        BlipForRetrievalFineTuning.from_pretrained(tmp_path, queue_size=4)
     retrieval.export(tmp_path / "retrieval")
     assert not (tmp_path / "retrieval" / EXTRAS_FILE).exists()
     assert isinstance(BlipForImageTextRetrieval.from_pretrained(tmp_path / "retrieval"), BlipForImageTextRetrieval)

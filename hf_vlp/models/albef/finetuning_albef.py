@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from hf_vlp.models.momentum import TwinSettings
-from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin, hub_arguments, read_extras
+from hf_vlp.models.momentum import TwinSettings, check_extras
+from hf_vlp.models.pretraining import PreTrainingMixin, hub_arguments, read_extras
 from hf_vlp.nn.momentum import momentum_twin, update_twin
 from hf_vlp.objectives.distillation import distillation_loss
 from hf_vlp.objectives.distributed import global_mean
@@ -97,10 +97,7 @@ class AlbefForRetrievalFineTuning(AlbefMomentumModel):
         """
         own = {name: value for name, value in self.state_dict().items() if name.startswith(("momentum.", "queue."))}
         known = {name: value for name, value in state.items() if name in own}
-        wrong = [name for name, value in known.items() if own[name].shape != value.shape]
-        lacking = sorted(set(own) - set(known) - {"queue.ids"})
-        if wrong or lacking:
-            raise ValueError(f"{EXTRAS_FILE} does not fit: it has {wrong[:3]} and lacks {lacking[:3]}")
+        check_extras(own, known, optional={"queue.ids"})
         self.load_state_dict(known, strict=False)
 
     def forward(

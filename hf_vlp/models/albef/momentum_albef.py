@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_vlp.models.momentum import Contrast, ContrastSettings, MomentumContrastMixin
-from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin, hub_arguments, read_extras
+from hf_vlp.models.momentum import Contrast, ContrastSettings, MomentumContrastMixin, check_extras
+from hf_vlp.models.pretraining import PreTrainingMixin, hub_arguments, read_extras
 from hf_vlp.nn.momentum import momentum_twin
 from hf_vlp.nn.queue import FeatureQueue
 from hf_vlp.objectives.distributed import batch_sizes, exchange_integers, gather, offset_of, world
@@ -155,11 +155,7 @@ class AlbefMomentumModel(MomentumContrastMixin, PreTrainingMixin, AlbefPreTraine
         Raises:
             ValueError: the side file is of another model or of other settings.
         """
-        own = self.pretraining_extras()
-        wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
-        lacking = sorted(set(own) - set(state))
-        if wrong or lacking:
-            raise ValueError(f"{EXTRAS_FILE} does not fit: it has {wrong[:3]} and lacks {lacking[:3]}")
+        check_extras(self.pretraining_extras(), state)
         self.load_state_dict(dict(state), strict=False)
 
     @property

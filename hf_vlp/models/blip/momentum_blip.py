@@ -18,8 +18,8 @@ from hf_vlp.models.blip.backbone_blip import resize_tower
 from hf_vlp.models.blip.modeling_blip import BlipForImageTextRetrieval
 from hf_vlp.models.blip.text_blip import Branch, text_pass, with_first
 from hf_vlp.models.blip.vision_blip import encode_images
-from hf_vlp.models.momentum import ContrastSettings, MomentumContrastMixin
-from hf_vlp.models.pretraining import EXTRAS_FILE, PreTrainingMixin, hub_arguments, read_extras
+from hf_vlp.models.momentum import ContrastSettings, MomentumContrastMixin, check_extras
+from hf_vlp.models.pretraining import PreTrainingMixin, hub_arguments, read_extras
 from hf_vlp.nn.momentum import momentum_twin
 from hf_vlp.nn.queue import FeatureQueue
 from hf_vlp.objectives.distributed import gather, world
@@ -175,12 +175,9 @@ class BlipMomentumModel(MomentumContrastMixin, PreTrainingMixin, BlipPreTrainedM
         Raises:
             ValueError: the side file is of another model or of other settings.
         """
-        own = {n: v for n, v in self.state_dict().items() if not n.startswith(f"{self.inference_attribute}.")}
-        wrong = [name for name, value in state.items() if name not in own or own[name].shape != value.shape]
-        # The queue of pretraining knows no image ids; a fine-tuning counts its own steps.
-        lacking = sorted(set(own) - set(state) - {"queue.ids", "steps"})
-        if wrong or lacking:
-            raise ValueError(f"{EXTRAS_FILE} does not fit: it has {wrong[:3]} and lacks {lacking[:3]}")
+        prefix = f"{self.inference_attribute}."
+        own = {name: value for name, value in self.state_dict().items() if not name.startswith(prefix)}
+        check_extras(own, state)
         self.load_state_dict(dict(state), strict=False)
 
     def set_image_size(self, image_size: int) -> None:

@@ -1,5 +1,6 @@
 """Fine-tuning BLIP for retrieval: ITC with image ids and ITM (arXiv 2201.12086, section 5.1)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from transformers.utils import ModelOutput
 from hf_vlp.models.albef.modeling_albef_packing import PackedTexts
 from hf_vlp.models.blip.momentum_blip import BlipMomentumModel
 from hf_vlp.models.blip.text_blip import image_pass
-from hf_vlp.models.momentum import Contrast
+from hf_vlp.models.momentum import Contrast, check_extras
 from hf_vlp.objectives.distributed import batch_sizes, gather, offset_of, world
 from hf_vlp.objectives.matching import HardNegatives, matching_loss
 from hf_vlp.objectives.precision import full_precision, without_autocast
@@ -60,6 +61,20 @@ class BlipForRetrievalFineTuning(BlipMomentumModel):
     def pretraining_extras(self) -> dict[str, Tensor]:
         """Nothing: twin and queue are of no use once the task is learnt."""
         return {}
+
+    def load_extras(self, state: Mapping[str, Tensor]) -> None:
+        """Takes twin, queue and temperature of a pretraining, as the original does; its queue knows no image ids.
+
+        Steps are counted anew: `alpha` warms up again.
+
+        Raises:
+            ValueError: the side file is of another model or of other settings.
+        """
+        parts = ("momentum.", "queue.", "temperature")
+        own = {name: value for name, value in self.state_dict().items() if name.startswith(parts)}
+        known = {name: value for name, value in state.items() if name in own}
+        check_extras(own, known, optional={"queue.ids"})
+        self.load_state_dict(known, strict=False)
 
     def forward(
         self,
