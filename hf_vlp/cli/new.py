@@ -15,6 +15,15 @@ CONNECTORS: dict[str, tuple[tuple[str, ...], str]] = {
     "visual-expert": (("cogvlm",), "cogvlm --model_name_or_path {out}"),
 }
 
+# Option -> connectors that heed it.
+_HEEDED = {
+    "tiles": ("linear", "mlp"),
+    "max_tiles": ("linear", "mlp"),
+    "aspect": ("linear", "mlp"),
+    "num_query_tokens": ("qformer", "resampler"),
+    "qformer": ("qformer",),
+}
+
 _EXAMPLES = """\
   hf-vlp new --vision openai/clip-vit-large-patch14-336 --connector mlp --language lmsys/vicuna-7b-v1.5 --out my-llava
   hf-vlp new --vision google/siglip-base-patch16-224 --connector mlp --tiles --language Qwen/Qwen2-0.5B --out my-next
@@ -38,12 +47,15 @@ def main(argv: list[str]) -> int:
     command.add_argument("--language", required=True, metavar="MODEL", help="folder or Hub id of the language model")
     command.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
     command.add_argument("--tiles", action="store_true", help="linear, mlp: cut pictures into tiles")
-    command.add_argument("--max_tiles", type=int, default=4, help="with --tiles: most tiles of a picture")
-    command.add_argument("--aspect", choices=("pad", "crop"), default="pad", help="linear, mlp: how pictures fit")
+    command.add_argument("--max_tiles", type=int, help="with --tiles: most tiles of a picture (4)")
+    command.add_argument(
+        "--aspect", choices=("pad", "crop"), help="linear, mlp without --tiles: how pictures fit (pad)"
+    )
     command.add_argument("--num_query_tokens", type=int, help="qformer (32), resampler (256): tokens of a picture")
-    command.add_argument("--qformer", default="base", help="qformer: a size (nano … large), or a BERT to start from")
+    command.add_argument("--qformer", help="qformer: a size (nano … large), or a BERT to start from (base)")
     command.add_argument("--seed", type=int, default=0, help="of the new weights")
     options = command.parse_args(argv)
+    _check(options)
     out = Path(options.out)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists; name a place where nothing is, so that nothing is lost")
@@ -69,15 +81,34 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _check(options: Any) -> None:
+    """Refuses options that would have no effect.
+
+    Raises:
+        UsageError: the message names the option and what it is for.
+    """
+    for name, connectors in _HEEDED.items():
+        if getattr(options, name) not in (None, False) and options.connector not in connectors:
+            raise UsageError(f"--{name} is for --connector {' and '.join(connectors)}, not {options.connector}")
+    if options.tiles and options.aspect:
+        raise UsageError("--aspect: pictures cut into tiles keep their proportions; leave out it or --tiles")
+    if options.max_tiles is not None and not options.tiles:
+        raise UsageError("--max_tiles: pictures are cut into tiles with --tiles only")
+
+
 def new_projector(options: Any) -> tuple[Any, Any]:
     """LLaVA or LLaVA-NeXT."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
     from hf_vlp.models.catalog import ARCHITECTURES
+    from hf_vlp.models.llava.anyres_llava import MAX_TILES
     from hf_vlp.models.llava.initialization_llava import load_vision_tower, new_processor
 
     tower = load_vision_tower(options.vision, dtype="float32")
-    settings = {"max_tiles": options.max_tiles} if options.tiles else {"aspect": options.aspect}
+    if options.tiles:
+        settings = {"max_tiles": MAX_TILES if options.max_tiles is None else options.max_tiles}
+    else:
+        settings = {"aspect": options.aspect or "pad"}
     processor = new_processor(
         AutoTokenizer.from_pretrained(options.language),
         tower,
@@ -100,7 +131,7 @@ def new_qformer(options: Any) -> tuple[Any, Any]:
     from hf_vlp.models.blip2.processing_blip_2 import Blip2Processor
     from hf_vlp.training.presets import SIZES, qformer_config
 
-    queries = options.num_query_tokens or 32
+    queries, qformer = options.num_query_tokens or 32, options.qformer or "base"
     processor = Blip2Processor.for_language_model(
         AutoTokenizer.from_pretrained(options.language),
         queries,
@@ -108,7 +139,7 @@ def new_qformer(options: Any) -> tuple[Any, Any]:
     )
     model = Blip2ForConditionalGeneration.from_vision_qformer_language_pretrained(
         options.vision,
-        qformer_config(options.qformer) if options.qformer in SIZES else options.qformer,
+        qformer_config(qformer) if qformer in SIZES else qformer,
         options.language,
         processor,
         num_query_tokens=queries,

@@ -112,3 +112,27 @@ def test_a_vision_model_without_patches(
 ) -> None:
     assert new((parts[1], parts[1]), "mlp", tmp_path / "out") == EXIT_FAILED
     assert "no patches" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("connector", "options", "message"),
+    [
+        ("qformer", ["--tiles"], "--tiles is for --connector linear and mlp, not qformer"),
+        ("mlp", ["--num_query_tokens", "8"], "--num_query_tokens is for --connector qformer and resampler"),
+        ("resampler", ["--qformer", "nano"], "--qformer is for --connector qformer"),
+        ("mlp", ["--max_tiles", "6"], "with --tiles only"),
+        ("mlp", ["--tiles", "--aspect", "crop"], "keep their proportions"),
+        ("mlp", ["--tiles", "--max_tiles", "1"], "at least 2"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    connector: str,
+    options: list[str],
+    message: str,
+    parts: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert new(parts, connector, tmp_path / "out", *options) in (EXIT_USAGE, EXIT_FAILED)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
