@@ -152,6 +152,19 @@ def test_the_ids_of_the_prompt_are_those_of_training(name: str, tmp_path: Path) 
     assert torch.equal(found["pixel_values"], expected["pixel_values"])
 
 
+def test_a_template_that_was_given_is_not_the_language_models_own(tmp_path: Path) -> None:
+    # A tokenizer without a template gets Vicuna's, and a saved folder does not tell the two apart.
+    tiny.llava()[1].save_pretrained(tmp_path)
+    saved = LlavaProcessor.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="came without a chat template: this processor's is 'vicuna_v1'"):
+        use_template(saved, "chat")
+    saved.chat_template = saved.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        use_template(saved, "chat")
+    saved.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    assert use_template(saved, "chat").chat_template.endswith("{{ message['content'] }}{% endfor %}")
+
+
 def test_templates_of_other_models_are_refused() -> None:
     _, processor = tiny.llava()
     with pytest.raises(ValueError, match=r"unknown template 'qwen_vl'; LLaVA has llama_2, .*CHAT_TEMPLATES"):

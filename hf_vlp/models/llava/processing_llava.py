@@ -75,9 +75,18 @@ def use_template(processor: Any, template: str) -> Any:
         template: name of a training template (`hf_vlp.data.conversations`).
 
     Raises:
-        ValueError: LLaVA does not know it, or it is "chat" and neither tokenizer nor processor has one.
+        ValueError: LLaVA does not know it; or it is "chat" and the language model came without a template, so that
+            there is none but one of `CHAT_TEMPLATES`, which is then to be named.
     """
-    if template != "chat" or processor.tokenizer.chat_template or not processor.chat_template:
+    own = processor.tokenizer.chat_template or processor.chat_template
+    if template == "chat":
+        given = _name_of(own, processor.image_token)
+        if given != "chat":
+            raise ValueError(
+                f"the language model came without a chat template: this processor's is {given!r}. Name it instead of "
+                "'chat', or set tokenizer.chat_template"
+            )
+    if template != "chat" or processor.tokenizer.chat_template or not own:
         chosen = chat_template_of(processor.tokenizer, template)
         processor.chat_template = chosen.replace(IMAGE_TOKEN, processor.image_token)
     return processor
@@ -85,10 +94,12 @@ def use_template(processor: Any, template: str) -> Any:
 
 def trained_template(processor: Any) -> str:
     """Name of the training template whose prompts a processor writes, "chat" if it has one of its own."""
-    for name, source in CHAT_TEMPLATES.items():
-        if processor.chat_template == source.replace(IMAGE_TOKEN, processor.image_token):
-            return name
-    return "chat"
+    return _name_of(processor.chat_template, processor.image_token)
+
+
+def _name_of(source: Any, image_token: str) -> str:
+    known = {jinja.replace(IMAGE_TOKEN, image_token): name for name, jinja in CHAT_TEMPLATES.items()}
+    return known.get(source, "chat") if isinstance(source, str) else "chat"
 
 
 class LlavaProcessorMixin:
