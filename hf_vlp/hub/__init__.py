@@ -7,6 +7,7 @@ _EXPORTS = {
     "CardData": "card",
     "Metric": "card",
     "metrics_from_result": "card",
+    "name_repository": "card",
     "render_card": "card",
     "write_card": "card",
     "recipe_of": "card",

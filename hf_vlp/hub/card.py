@@ -283,6 +283,30 @@ def write_card(folder: str | Path, card: CardData | None = None, repo_id: str | 
     return path
 
 
+# What a card's snippets load, where it is a folder's bare name and no repository.
+_BARE_NAME = re.compile(r'(from_pretrained\(|model=)"([^"/]+)"')
+
+
+def name_repository(folder: str | Path, repo_id: str) -> None:
+    """Has a card that was written before its repository was known name it: in the snippets, which until then load the
+    folder's bare name, and in a title that is this name. A card whose snippets load a repository is left as it is.
+
+    Args:
+        folder: with a card.
+        repo_id: `"organisation/name"`.
+    """
+    path = Path(folder) / CARD_FILE
+    text = path.read_text(encoding="utf-8")
+    names = {name for _, name in _BARE_NAME.findall(text)}
+    if len(names) != 1:
+        return
+    (name,) = names
+    text = _BARE_NAME.sub(lambda found: f'{found[1]}"{repo_id}"', text)
+    title = repo_id.rpartition("/")[2]
+    text = re.sub(rf"^(# |- name: ){re.escape(name)}$", lambda found: found[1] + title, text, flags=re.MULTILINE)
+    path.write_text(text, encoding="utf-8")
+
+
 def _model_index_entry(metric: Metric, task: str) -> EvalResult:
     return EvalResult(
         task_type=metric.task or task,

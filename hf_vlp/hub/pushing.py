@@ -8,6 +8,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from hf_vlp.hub.card import name_repository
+
 # The base of what the client's HTTP library raises, under whichever name the client imports that library.
 _TransportError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
@@ -78,6 +80,8 @@ def push(
 ) -> str:
     """Uploads a saved folder; makes the repository if there is none.
 
+    A card whose snippets load the folder's own name is made to load the repository, see `name_repository`.
+
     Args:
         folder: a folder that `save_for_hub` wrote.
         repo_id: `"name"` or `"organisation/name"`.
@@ -107,6 +111,7 @@ def push(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        name_repository(folder, repo_id)
         commit = api.upload_folder(
             folder_path=folder,
             repo_id=repo_id,

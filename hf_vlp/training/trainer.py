@@ -51,8 +51,8 @@ _LOGGED_SCALARS = ("logit_scale", "temperature", "alpha")
 # Arguments of the scripts that name a model to start from.
 _STARTS = ("model_name_or_path", "vision_model", "text_model", "stage1", "qformer", "language_model")
 _HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
-# Ends of the names under which `evaluate` reports its own speed.
-_SPEED = ("_runtime", "_per_second")
+# Ends of the names of what `evaluate` reports besides: its own speed, and when it was.
+_NO_METRICS = ("_runtime", "_per_second", "epoch")
 
 
 class VLPTrainer(ResumableTrainer):
@@ -459,6 +459,7 @@ class VLPTrainer(ResumableTrainer):
         name = str(data.get("train_data", "unnamed data"))
         evaluated = self._evaluated_on() or name
         return CardData(
+            name=(self.args.hub_model_id or Path(self.args.output_dir).resolve().name).rpartition("/")[2],
             data=name,
             base_models=self._base_models(),
             recipe={self.args.stage or "training": recipe_of(self.args)},
@@ -466,7 +467,7 @@ class VLPTrainer(ResumableTrainer):
             metrics=[
                 Metric(name=key.removeprefix("eval_"), value=float(value), dataset=evaluated)
                 for key, value in metrics.items()
-                if isinstance(value, int | float) and math.isfinite(value) and not key.endswith(_SPEED)
+                if isinstance(value, int | float) and math.isfinite(value) and not key.endswith(_NO_METRICS)
             ],
         )
 

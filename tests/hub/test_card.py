@@ -10,7 +10,16 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from transformers import TrainingArguments
 
-from hf_vlp.hub import CardData, Metric, complete_folder, metrics_from_result, recipe_of, render_card, write_card
+from hf_vlp.hub import (
+    CardData,
+    Metric,
+    complete_folder,
+    metrics_from_result,
+    name_repository,
+    recipe_of,
+    render_card,
+    write_card,
+)
 from hf_vlp.models.catalog import ARCHITECTURES, is_training_role
 from hf_vlp.resources import resource_folder
 from tests.hub import tiny
@@ -215,3 +224,25 @@ def test_folders_without_a_model(tmp_path: Path) -> None:
         render_card(tmp_path)
     with pytest.raises(ValueError, match="model type 'vit' has no card template; known: "):
         render_card(folder_of("vit", "ViTModel", tmp_path))
+
+
+def test_a_card_names_its_repository_once_that_is_known(folder: Path) -> None:
+    write_card(folder, CardData(license="mit", metrics=CARD.metrics))
+    assert f'from_pretrained("{folder.name}"' in (folder / "README.md").read_text()
+    name_repository(folder, "org/blip2-opt")
+    text = (folder / "README.md").read_text()
+    assert f'"{folder.name}"' not in text
+    assert 'model="org/blip2-opt"' in text and 'from_pretrained("org/blip2-opt"' in text
+    assert "\n# blip2-opt\n" in text
+    assert ModelCard(text).data.model_name == "blip2-opt"
+    # Another repository later does not change what its author may have written.
+    name_repository(folder, "elsewhere/other")
+    assert (folder / "README.md").read_text() == text
+
+
+def test_a_title_of_its_own_stays(folder: Path) -> None:
+    write_card(folder, CARD)
+    name_repository(folder, "org/blip2-opt")
+    text = (folder / "README.md").read_text()
+    assert "\n# Captions of shapes\n" in text
+    assert 'model="org/blip2-opt"' in text

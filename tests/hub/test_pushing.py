@@ -6,17 +6,19 @@ is imported.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 import hf_vlp
-from hf_vlp.hub import FolderError, check_folder, save_for_hub
+from hf_vlp.hub import FolderError, check_folder, push, save_for_hub, write_card
 from hf_vlp.hub.pushing import IGNORED
 from tests.hub import tiny
 from tests.hub.local_hub import LocalHub
@@ -328,6 +330,35 @@ def test_a_missing_shard(tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(FolderError, match=f"lacks the weights {shard.name}"):
         check_folder(folder)
+
+
+def test_the_card_that_arrives_loads_the_repository(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `save_for_hub` writes it where nobody has named a repository yet."""
+    folder = tmp_path / "model"
+    shutil.copytree(folders["blip2-opt"], folder)
+    write_card(folder)
+    arrived: list[str] = []
+
+    class Hub:
+        endpoint = "nowhere"
+
+        def __init__(self, token: str) -> None:
+            pass
+
+        def create_repo(self, repo_id: str, **_: Any) -> Any:
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def upload_folder(self, *, folder_path: Path, **_: Any) -> Any:
+            arrived.append((Path(folder_path) / "README.md").read_text())
+            return SimpleNamespace(pr_url=None, commit_url="done")
+
+    monkeypatch.setattr("hf_vlp.hub.pushing.HfApi", Hub)
+    assert push(folder, "blip2-shapes", token="t") == "done"
+    assert 'from_pretrained("me/blip2-shapes"' in arrived[0]
+    assert '"model"' not in arrived[0]
+    assert "\n# blip2-shapes\n" in arrived[0]
 
 
 def test_pickles_are_never_uploaded() -> None:

@@ -248,7 +248,7 @@ def test_a_stream_needs_a_number_of_steps(tmp_path):
 def test_export_is_what_transformers_loads(tmp_path):
     trainer = runs.clip_trainer(tmp_path, max_steps=1)
     trainer.train()
-    folder = trainer.export(metrics={"eval_t2i_r1_itc": 0.25, "eval_runtime": 3.0})
+    folder = trainer.export(metrics={"eval_t2i_r1_itc": 0.25, "eval_runtime": 3.0, "epoch": 0.5})
     native = CLIPModel.from_pretrained(folder)
     own = trainer.model.model.state_dict()
     assert all(torch.equal(own[name], value) for name, value in native.state_dict().items() if name in own)
@@ -259,6 +259,9 @@ def test_export_is_what_transformers_loads(tmp_path):
     assert "t2i_r1_itc" in card
     assert "learning_rate" in card
     assert "eval_runtime" not in card
+    metadata = ModelCard(card).data
+    assert metadata.model_name == tmp_path.name
+    assert [result.metric_type for result in metadata.eval_results] == ["t2i_r1_itc"]
 
 
 def test_the_card_names_what_was_evaluated_and_what_it_started_from(tmp_path):
