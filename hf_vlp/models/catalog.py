@@ -346,6 +346,31 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+def saved_settings(model: str | Path, **where: Any) -> dict[str, Any]:
+    """The `config.json` of a saved model.
+
+    Args:
+        model: folder or Hub id.
+        where: where on the Hub (`revision`, `token`, …), as for `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: a local folder that is not there, or without a `config.json`; the message names the folder
+            below it that has one, as the output folder of a run has.
+    """
+    folder = Path(model, where.get("subfolder", ""))
+    if (folder / "config.json").is_file():
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if folder.is_dir():
+        inside = folder / "model"
+        hint = f"; the model of this run is in {inside}" if (inside / "config.json").is_file() else ""
+        raise FileNotFoundError(f"{folder} has no config.json, so it holds no saved model{hint}")
+    if str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
+        raise FileNotFoundError(f"there is no folder {model}")
+    from transformers import PreTrainedConfig
+
+    return PreTrainedConfig.get_config_dict(str(model), **where)[0]
+
+
 def architecture_of(model: str | Path | Any, **where: Any) -> Architecture:
     """The catalogue row of a folder, a Hub id, a config or a model.
 
@@ -354,16 +379,11 @@ def architecture_of(model: str | Path | Any, **where: Any) -> Architecture:
         where: where on the Hub (`revision`, `token`, …), as for `from_pretrained`.
 
     Raises:
+        FileNotFoundError: as of `saved_settings`.
         ValueError: the model type is not in the catalogue; the message lists those that are.
     """
     if isinstance(model, str | Path):
-        local = Path(model) / "config.json"
-        if local.is_file():
-            model_type = json.loads(local.read_text())["model_type"]
-        else:
-            from transformers import PreTrainedConfig
-
-            model_type = PreTrainedConfig.get_config_dict(str(model), **where)[0].get("model_type")
+        model_type = saved_settings(model, **where).get("model_type")
     else:
         model_type = getattr(model, "config", model).model_type
     if model_type not in ARCHITECTURES:

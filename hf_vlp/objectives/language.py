@@ -75,7 +75,7 @@ def language_modeling_loss(
     total = sum(counts for counts, _, _ in everyone)
     if total == 0:
         raise AllLabelsIgnoredError(
-            f"all labels of this batch are {IGNORED} ({labels.numel()} positions): nothing would be learnt. Check "
+            f"all labels of this batch are {IGNORED}: nothing would be learnt. Check "
             "that the captions are not empty and not masked, and that `max_length` leaves room after the prompt"
         )
     if any(paddings for _, paddings, _ in everyone):

@@ -12,6 +12,8 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, ViTConfig, ViTF
 
 from hf_vlp.models.blip2.initialization_blip_2 import load_vision_tower, start_from_vision_and_qformer
 from hf_vlp.models.blip2.language_blip_2 import load_language_model
+from hf_vlp.models.blip2.modeling_blip_2 import stage1_model
+from hf_vlp.models.catalog import architecture_of
 from hf_vlp.models.clip.modeling_clip import CLIPModel
 from hf_vlp.models.eva_clip.modeling_eva_clip import EvaCLIPModel
 from hf_vlp.models.llava.initialization_llava import load_vision_tower as llava_tower
@@ -135,3 +137,15 @@ def test_what_nobody_reads_may_be_missing(tmp_path: Path) -> None:
     BertModel(config).save_pretrained(tmp_path / "bert")
     found = start(str(tmp_path / "bert"))
     assert "qformer.encoder.layer.0.attention.attention.query.weight" in found.state
+
+
+@pytest.mark.parametrize("load", [architecture_of, load_vision_tower, load_language_model, stage1_model])
+def test_the_output_folder_of_a_run_is_told_from_the_model_in_it(tmp_path: Path, load: Callable[[str], Any]) -> None:
+    with pytest.raises(FileNotFoundError, match="has no config.json, so it holds no saved model$"):
+        load(str(tmp_path))
+    opt(tmp_path / "model")
+    with pytest.raises(FileNotFoundError, match=f"the model of this run is in {tmp_path / 'model'}$"):
+        load(str(tmp_path))
+    for gone in (str(tmp_path / "gone"), "./gone"):
+        with pytest.raises(FileNotFoundError, match="there is no folder .*gone"):
+            load(gone)

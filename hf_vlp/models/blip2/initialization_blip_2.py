@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, Blip2QFormerConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_vlp.models.catalog import ARCHITECTURES
+from hf_vlp.models.catalog import ARCHITECTURES, saved_settings
 from hf_vlp.models.loading import load_backbone
 
 # Config entries that BERT and the Q-Former have in common.
@@ -100,7 +100,7 @@ def load_vision_tower(
         ValueError: the tower has no plain stack of blocks to be cut, or too few.
     """
     if isinstance(source, str):
-        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+        model_type = saved_settings(source).get("model_type")
         kind: Any = transformers.AutoModel
         if model_type in ("eva_clip", "blip2_any_vision"):
             kind = ARCHITECTURES[model_type].load("model")

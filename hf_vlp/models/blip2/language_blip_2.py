@@ -18,6 +18,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_vlp.models.blip2.processing_blip_2 import Blip2Processor
+from hf_vlp.models.catalog import saved_settings
 from hf_vlp.models.generation_settings import drop_idle_settings
 from hf_vlp.models.loading import load_backbone
 
@@ -34,10 +35,12 @@ def load_language_model(name: str | PreTrainedModel, **kwargs: Any) -> PreTraine
         kwargs: for `from_pretrained` (`dtype`, `quantization_config`, ...).
 
     Raises:
+        FileNotFoundError: a folder that holds no saved model.
         MissingWeightsError: the checkpoint lacks weights.
     """
     if not isinstance(name, str):
         return name
+    saved_settings(name)  # raises for a folder that is none
     config = AutoConfig.from_pretrained(name)
     auto = AutoModelForCausalLM if is_decoder_only(config) else AutoModelForSeq2SeqLM
     return load_backbone(auto, name, **kwargs)

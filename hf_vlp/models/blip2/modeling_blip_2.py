@@ -45,7 +45,7 @@ from hf_vlp.models.blip2.qformer import (
     query_pass,
     text_pass,
 )
-from hf_vlp.models.catalog import load_class
+from hf_vlp.models.catalog import load_class, saved_settings
 from hf_vlp.models.pretraining import hub_arguments
 from hf_vlp.models.retrieval import ImageEmbeds
 from hf_vlp.nn.packing import PackedTexts
@@ -312,7 +312,7 @@ class Blip2ForConditionalGeneration(SoftPromptMixin, Blip2BackboneMixin, transfo
         """As `Blip2BackboneMixin.from_pretrained`; a stage-1 checkpoint is refused before anything is built."""
         source = pretrained_model_name_or_path
         if source is not None and kwargs.get("config") is None and not kwargs.get("allow_missing"):
-            settings, _ = PreTrainedConfig.get_config_dict(source, **hub_arguments(kwargs))
+            settings = saved_settings(source, **hub_arguments(kwargs))
             found = (settings.get("architectures") or [""])[0]
             if found.endswith(STAGE1_ENDINGS):
                 raise MissingWeightsError(
@@ -515,7 +515,7 @@ def stage1_model(stage1: str | PathLike[str] | PreTrainedModel) -> PreTrainedMod
         if not isinstance(model, transformers.Blip2ForImageTextRetrieval):
             raise ValueError(f"{type(model).__name__} is not a stage-1 model (Blip2ForImageTextRetrieval)")
         return model
-    settings, _ = PreTrainedConfig.get_config_dict(str(stage1))
+    settings = saved_settings(stage1)
     found = (settings.get("architectures") or ["no architecture"])[0]
     if settings.get("model_type") not in ("blip-2", "blip2_any_vision") or not found.endswith(STAGE1_ENDINGS):
         raise ValueError(
