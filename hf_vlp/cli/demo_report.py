@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from hf_vlp.cli.report import CaptionCard, Curve, Metric, RetrievalQuery, write_report
+from hf_vlp.cli.report import CaptionCard, Curve, Metric, RetrievalQuery, captions_picture, write_report
 from hf_vlp.data.images import decode_image
 
 SHOWN_SCENES = 12
+PICTURED_SCENES = 6
 SHOWN_QUERIES = 6
 MATRIX_SIDE = 12
 
@@ -53,7 +54,7 @@ def demo_report(
     rows: Mapping[str, Any],
     matcher: tuple[Any, Any],
 ) -> None:
-    """Writes the demo's report.
+    """Writes the demo's report, and its captions as a picture, `captions.png`, beside it.
 
     Args:
         path: the HTML file.
@@ -75,6 +76,10 @@ def demo_report(
             "(The language model has read the words together: it was trained on text about all combinations.)",
         ),
     }
+    cards = {name: _cards(captions[name], rows[name]) for name, _ in sections.values()}
+    captions_picture([card for name in cards for card in cards[name][:PICTURED_SCENES]], PICTURED_SCENES).save(
+        path.with_name("captions.png"), optimize=True
+    )
     queries, by_matching, matrix = _retrieval(*matcher, rows["gallery"])
     write_report(
         path,
@@ -89,7 +94,7 @@ def demo_report(
             for name, value in metrics.items()
             if name != "seconds" and (name in _MEANINGS or name.startswith("t2i"))
         ],
-        captions={heading: (text, _cards(captions[name], rows[name])) for heading, (name, text) in sections.items()},
+        captions={heading: (text, cards[name]) for heading, (name, text) in sections.items()},
         retrieval={
             "Retrieval by contrast (ITC)": (
                 "For a caption, the five scenes of the gallery with the most similar features. Framed: its own scene.",

@@ -2,13 +2,14 @@
 
 import base64
 import io
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup, escape
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
@@ -52,6 +53,29 @@ class Curve:
     steps: Sequence[float]
     values: Sequence[float]
     chance: float | None = None
+
+
+def captions_picture(cards: Sequence[CaptionCard], columns: int = 6) -> Image.Image:
+    """The scenes in a grid with their generated captions below, in red where a mark says that something is wrong.
+
+    Args:
+        cards: at least one; their images are of one size.
+        columns: scenes a row.
+    """
+    side, gap, line = cards[0].image.width, 12, 16
+    font = ImageFont.load_default(size=13)
+    wrapped = [textwrap.wrap(card.generated, width=side // 7) for card in cards]
+    height = side + line * max(map(len, wrapped)) + 2 * gap
+    rows = -(-len(cards) // columns)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * height + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, (card, text) in enumerate(zip(cards, wrapped)):
+        left, top = gap + place % columns * (side + gap), gap + place // columns * height
+        sheet.paste(card.image.convert("RGB"), (left, top))
+        draw.rectangle((left - 1, top - 1, left + side, top + side), outline="#d0d7de")
+        ink = "#1f2328" if all(card.marks.values()) else "#b3261e"
+        draw.multiline_text((left, top + side + gap // 2), "\n".join(text), fill=ink, font=font)
+    return sheet
 
 
 def data_uri(image: Image.Image) -> str:

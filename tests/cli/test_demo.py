@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hf_vlp.cli.demo import MODEL_FOLDER, STEPS, command_of, main
 from hf_vlp.cli.demo_report import loss_curves
-from hf_vlp.cli.report import CaptionCard, Curve, Metric, RetrievalQuery, curve_svg, write_report
+from hf_vlp.cli.report import CaptionCard, Curve, Metric, RetrievalQuery, captions_picture, curve_svg, write_report
 
 
 @pytest.mark.slow
@@ -34,6 +34,7 @@ def test_the_demo_runs_and_leaves_what_it_promises(tmp_path: Path, capfd: pytest
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") > 50 and page.count("<svg") == len(STEPS)
     assert not re.search(r'(src|href)="(?!data:)', page), "the page must hold everything itself"
+    assert Image.open(out / "captions.png").width > 6 * 160
 
 
 def test_a_failing_step_stops_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -77,6 +78,20 @@ def test_curve_svg_draws_points_within_its_frame() -> None:
 def test_curve_svg_without_points_says_why() -> None:
     with pytest.raises(ValueError, match="logging_steps"):
         curve_svg("empty", [Curve("ITC", [], [])])
+
+
+def test_picture_of_captions_shows_scenes_and_mistakes() -> None:
+    right = CaptionCard(Image.new("RGB", (160, 160), "blue"), "a blue ring", "a blue ring", {"blue ring": True})
+    wrong = CaptionCard(Image.new("RGB", (160, 160), "blue"), "a blue cross", "a blue ring", {"blue ring": False})
+    sheet = captions_picture([right, wrong, right], columns=2)
+    assert sheet.getpixel((20, 20)) == sheet.getpixel((200, 20)) == (0, 0, 255)
+    # Three cards in two columns: the last place is empty.
+    below = sheet.height // 2 + 40
+    assert sheet.getpixel((20, below)) == (0, 0, 255) and sheet.getpixel((300, below)) == (255, 255, 255)
+    # Only the caption that has a mistake is red.
+    reddish = [colour for _, colour in sheet.crop((184, 176, 360, 200)).getcolors(1000) if colour[0] > 1.5 * colour[1]]
+    others = [colour for _, colour in sheet.crop((0, 176, 180, 200)).getcolors(1000) if colour[0] > 1.5 * colour[1]]
+    assert reddish and not others
 
 
 def test_report_escapes_what_the_model_says(tmp_path: Path) -> None:
