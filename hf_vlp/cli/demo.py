@@ -168,6 +168,8 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         """Trains, measures, writes the report; returns what `metrics.json` holds."""
+        from hf_vlp.hub import name_repository
+
         self.output.mkdir(parents=True, exist_ok=True)
         for step in STEPS:
             shutil.rmtree(self.output / step.folder, ignore_errors=True)
@@ -178,6 +180,7 @@ class Demo:
             self.train(step)
         shutil.rmtree(self.output / FEATURES)
         shutil.move(self.output / "stage2" / "model", self.output / MODEL_FOLDER)
+        name_repository(self.output / MODEL_FOLDER, MODEL_FOLDER)
         self.say(f"\n[{self.seconds:4.0f} s] Evaluation on scenes that were never trained", flush=True)
         findings = self.evaluate()
         metrics = {"seconds": round(self.seconds, 1), **findings.pop("metrics")}

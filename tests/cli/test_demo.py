@@ -25,6 +25,9 @@ def test_the_demo_runs_and_leaves_what_it_promises(tmp_path: Path, capfd: pytest
     assert f'from_pretrained("{out / MODEL_FOLDER}")' in said
     assert all(f"{step.script}.py" in said for step in STEPS)
 
+    card = (out / MODEL_FOLDER / "README.md").read_text()
+    assert f'from_pretrained("{MODEL_FOLDER}"' in card and '"model"' not in card
+
     # Plain transformers classes load it; the picture alone gives a caption.
     processor = AutoProcessor.from_pretrained(out / MODEL_FOLDER)
     model = AutoModelForImageTextToText.from_pretrained(out / MODEL_FOLDER)
