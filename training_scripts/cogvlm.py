@@ -30,6 +30,7 @@ from hf_vlp.data.conversations import ConversationCollator
 from hf_vlp.models.cogvlm.configuration_cogvlm import CogVLMVisionConfig
 from hf_vlp.models.cogvlm.modeling_cogvlm import CogVLMForConditionalGeneration
 from hf_vlp.models.cogvlm.processing_cogvlm import GROUNDING_PROMPTS, CogVLMProcessor, format_boxes
+from hf_vlp.models.loading import load_backbone
 from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, apply_stage, parse_arguments
 from hf_vlp.training.arguments import option, run_settings
 from hf_vlp.training.data import main_process_first
@@ -156,12 +157,12 @@ def load_parts(arguments: ModelArguments, template: str) -> tuple[CogVLMForCondi
         template: the processor's format of questions.
     """
     if arguments.model_name_or_path:
-        model = CogVLMForConditionalGeneration.from_pretrained(arguments.model_name_or_path, dtype="float32")
+        model: Any = load_backbone(CogVLMForConditionalGeneration, arguments.model_name_or_path, dtype="float32")
         tokenizer = CogVLMProcessor.from_pretrained(arguments.model_name_or_path).tokenizer
     else:
-        seen = None
+        seen: Any = None
         if arguments.vision_model:
-            seen = CogVLMForConditionalGeneration.from_pretrained(arguments.vision_model, dtype="float32")
+            seen = load_backbone(CogVLMForConditionalGeneration, arguments.vision_model, dtype="float32")
             vision: Any = seen.config.vision_config
         else:
             vision = CogVLMVisionConfig(

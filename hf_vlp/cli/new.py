@@ -171,6 +171,7 @@ def new_visual_expert(options: Any) -> tuple[Any, Any]:
     from hf_vlp.models.catalog import architecture_of
     from hf_vlp.models.cogvlm.modeling_cogvlm import CogVLMForConditionalGeneration
     from hf_vlp.models.cogvlm.processing_cogvlm import CogVLMProcessor
+    from hf_vlp.models.loading import load_backbone
 
     try:
         found = architecture_of(options.vision).model_type
@@ -181,7 +182,7 @@ def new_visual_expert(options: Any) -> tuple[Any, Any]:
             f"--connector visual-expert takes the tower of a CogVLM folder, which {options.vision} is not; for a "
             "tower from scratch use `hf-vlp train cogvlm --language_model … --vision_hidden_size …`"
         )
-    seen = CogVLMForConditionalGeneration.from_pretrained(options.vision, dtype="float32")
+    seen: Any = load_backbone(CogVLMForConditionalGeneration, options.vision, part="vision_model", dtype="float32")
     model = CogVLMForConditionalGeneration.from_language_pretrained(
         options.language,
         vision_config=seen.config.vision_config,

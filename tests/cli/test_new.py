@@ -99,6 +99,16 @@ def test_a_visual_expert(parts: tuple[str, str], tmp_path: Path, capsys: pytest.
     assert model.config.image_token_id == processor.image_token_id
 
 
+def test_a_visual_expert_needs_a_whole_tower(
+    parts: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = tiny_cogvlm.model(2, seed=3)
+    state = {name: value for name, value in seen.state_dict().items() if not name.startswith("vision_model.")}
+    seen.save_pretrained(tmp_path / "seen", state_dict=state)
+    assert new((str(tmp_path / "seen"), parts[1]), "visual-expert", tmp_path / "out") == EXIT_FAILED
+    assert "lacks weights of CogVLMForConditionalGeneration: vision_model" in capsys.readouterr().err
+
+
 def test_connectors_that_are_not_there(
     parts: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

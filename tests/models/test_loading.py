@@ -15,12 +15,13 @@ from hf_vlp.models.blip2.language_blip_2 import load_language_model
 from hf_vlp.models.blip2.modeling_blip_2 import stage1_model
 from hf_vlp.models.catalog import architecture_of
 from hf_vlp.models.clip.modeling_clip import CLIPModel
+from hf_vlp.models.cogvlm.modeling_cogvlm import CogVLMForConditionalGeneration
 from hf_vlp.models.eva_clip.modeling_eva_clip import EvaCLIPModel
 from hf_vlp.models.llava.initialization_llava import load_vision_tower as llava_tower
 from hf_vlp.models.llava.modeling_llava import LlavaForConditionalGeneration
 from hf_vlp.models.loading import MissingWeightsError
 from hf_vlp.models.qwen_vl.initialization_qwen_vl import from_vision_language_pretrained as new_qwen_vl
-from tests.tiny import blip2
+from tests.tiny import blip2, cogvlm
 from tests.tiny import clip as tiny_clip
 
 SIZES: dict[str, Any] = {
@@ -116,6 +117,16 @@ def test_the_language_model_of_a_chat_model_is_whole(tmp_path: Path, build: Call
     tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIZES, image_size=16, patch_size=8))
     with pytest.raises(MissingWeightsError, match="lacks weights of OPTForCausalLM"):
         build(tower, str(tmp_path), object())
+
+
+def test_visual_experts_are_no_copies_of_noise(tmp_path: Path) -> None:
+    """The network's file travels with checkpoints, so its error is a plain one."""
+    cogvlm.language_model().save_pretrained(tmp_path)
+    options: dict[str, Any] = {"vision_config": cogvlm.vision_config()}
+    CogVLMForConditionalGeneration.from_language_pretrained(tmp_path, **options)
+    assert without(tmp_path, "layers.1.mlp")
+    with pytest.raises(ValueError, match=rf"{tmp_path.name} lacks weights of Llama.*layers\.1\.mlp.*stay random"):
+        CogVLMForConditionalGeneration.from_language_pretrained(tmp_path, **options)
 
 
 def test_a_tower_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -113,16 +113,27 @@ class CogVLMForConditionalGeneration(CogVLMPreTrainedModel, GenerationMixin):
             kwargs: of `AutoModelForCausalLM.from_pretrained` (`dtype`, ...).
 
         Raises:
-            ValueError: the language model is of another type.
+            ValueError: the language model is of another type, or its checkpoint lacks weights.
         """
+        source = None
+        missing: list[str] = []
         if not isinstance(language_model, PreTrainedModel):
             kwargs.setdefault("dtype", torch.float32)
-            language_model = AutoModelForCausalLM.from_pretrained(language_model, **kwargs)
+            source = language_model
+            language_model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
+            missing = sorted(info["missing_keys"])
         text_config = language_model.config
         if text_config.model_type not in LANGUAGE_MODEL_TYPES or not hasattr(language_model, "lm_head"):
             raise ValueError(
                 f"{type(language_model).__name__} (type {text_config.model_type!r}) can't be given visual experts: "
                 f"its layers must be Llama's, as in a causal language model of the types {list(LANGUAGE_MODEL_TYPES)}"
+            )
+        if missing:
+            # transformers draws them at random and logs it; the experts would be copies of noise.
+            shown = ", ".join(missing[:6]) + (f", … ({len(missing)} in all)" if len(missing) > 6 else "")
+            raise ValueError(
+                f"{source} lacks weights of {type(language_model).__name__}: {shown}. They would stay random; check "
+                "that it is a whole checkpoint, and of this kind of model"
             )
         if isinstance(vision_config, CogVLMVisionConfig):
             vision_config = vision_config.to_dict()
