@@ -42,7 +42,7 @@ def evaluate_retrieval(
     batch_size: int = 32,
     text_batch_size: int = 256,
     rerank: int | None = None,
-    combine: str = "itc+itm",
+    combine: str | None = None,
     pair_batch_size: int = 128,
     keep_states: bool = True,
     folds: int | None = None,
@@ -65,7 +65,8 @@ def evaluate_retrieval(
         text_batch_size: texts at a time.
         rerank: how many of the best candidates by similarity the matching head puts in order again, both directions.
         combine: what they are ordered by: "itc+itm" adds the similarity to the matching logit (BLIP, BLIP-2, LAVIS),
-            "itm" takes the logit alone (ALBEF).
+            "itm" takes the logit alone (ALBEF). By default as the authors of the model do: its `rerank_by`, or
+            "itc+itm" where it has none.
         pair_batch_size: pairs at a time for the matching head.
         keep_states: keep what matching needs of an image (for BLIP-2 its features: 1.4 MB at 257 × 1408 in float32)
             on the CPU; otherwise encode the image again.
@@ -88,6 +89,7 @@ def evaluate_retrieval(
         ValueError: no rows, no text column, a model without a matching head asked to re-rank, a NaN score.
         ErrorRateExceeded: more unusable images or captions than `max_bad_rate` allows.
     """
+    combine = getattr(model, "rerank_by", "itc+itm") if combine is None else combine
     if combine not in COMBINATIONS:
         raise ValueError(f"combine={combine!r} is not known; choose one of {COMBINATIONS}")
     if rerank is not None and rerank < 1:

@@ -122,6 +122,22 @@ def test_metrics_by_hand():
     assert result["samples"]["texts"] == 3
 
 
+def test_the_model_says_how_its_authors_rerank():
+    torch.manual_seed(0)
+    similarity, matching = torch.rand(6, 6), torch.rand(6, 6) / 10
+    model, rows = FakeRetrievalModel(similarity, matching), rows_for(range(6))
+
+    def ranks(**options):
+        result = evaluate_retrieval(
+            model, FakeProcessor(), rows, rerank=6, details=True, show_progress=False, **options
+        )
+        return result["metrics"], result["details"]
+
+    assert ranks() == ranks(combine="itc+itm")
+    model.rerank_by = "itm"
+    assert ranks() == ranks(combine="itm") != ranks(combine="itc+itm")
+
+
 def test_work_is_done_once():
     torch.manual_seed(0)
     similarity, matching = torch.rand(9, 27), torch.rand(9, 27)

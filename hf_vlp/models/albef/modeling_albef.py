@@ -364,6 +364,8 @@ class AlbefForImageTextRetrieval(AlbefPreTrainedModel):
     """
 
     supports_matching = True
+    # The authors' evaluation ranks by the logit of "match" alone; BLIP's and BLIP-2's add the similarity.
+    rerank_by = "itm"
     _auto_class = "AutoModel"
     _more_auto_classes = ("AutoModelForZeroShotImageClassification",)
 
