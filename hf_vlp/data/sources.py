@@ -27,7 +27,7 @@ from .readers import (
     json_kind,
 )
 from .rows import RowMaker, features_for
-from .splits import ALL, NoSplitError, by_split, canonical_split, chosen, parse_split, part_bounds
+from .splits import ALL, NoSplitError, as_no_split, by_split, canonical_split, chosen, parse_split, part_bounds
 from .tables import all_rows, in_memory
 from .tars import TAR_SUFFIXES, TarShard
 from .typed import as_rows
@@ -329,11 +329,7 @@ def _from_hub(
             f"the Hub gives: {error}"
         ) from error
     except ValueError as error:
-        # What `datasets` raises where the split is missing, or where one is but not as a stream.
-        there = re.search(r"\[(.*)\]", str(error))
-        if not str(error).startswith(("Unknown split", "Bad split")) or there is None:
-            raise
-        raise NoSplitError(spec, base, there[1].replace("'", "").split(", ")) from error
+        raise as_no_split(error, spec, base) from error
     return part_of_rows(as_rows(loaded, schema, columns, root, spec), part)
 
 

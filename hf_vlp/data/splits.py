@@ -29,6 +29,15 @@ class NoSplitError(ValueError):
         super().__init__(f"{where} has no split {split!r}; it has {', '.join(there) or 'none'}")
 
 
+def as_no_split(error: ValueError, where: str, split: str) -> ValueError:
+    """What `datasets.load_dataset` raised, as `NoSplitError` if it is about a split that is missing."""
+    # It words the two cases, as a table and as a stream, differently.
+    there = re.search(r"\[(.*)\]", str(error))
+    if not str(error).startswith(("Unknown split", "Bad split")) or there is None:
+        return error
+    return NoSplitError(where, split, there[1].replace("'", "").split(", "))
+
+
 def canonical_split(name: str) -> str:
     """`"val"` and `"dev"` are `"validation"`, `"restval"` is `"train"`; unknown names stay as they are."""
     return _WORDS.get(name.lower(), name)

@@ -1,7 +1,7 @@
 """Data arguments, and the datasets they describe."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -87,12 +87,19 @@ class DataArguments:
         Raises:
             NoSplitError: the data has no split of the name that was asked for.
         """
+        spec = self.eval_data or self.train_data
+        return self.for_evaluation(lambda: self._rows(spec, self.eval_split, seed, self.max_eval_samples, False, task))
+
+    def for_evaluation(self, load: Callable[[], Any]) -> Any | None:
+        """What `load` gives for the evaluation, or None, as `eval_rows`.
+
+        Raises:
+            NoSplitError: the data has no split of the name that was asked for.
+        """
         if self.eval_split.lower() == "none":
             return None
         try:
-            return self._rows(
-                self.eval_data or self.train_data, self.eval_split, seed, self.max_eval_samples, False, task
-            )
+            return load()
         except NoSplitError as error:
             if self.eval_data or self.eval_split != type(self).eval_split:
                 raise

@@ -70,14 +70,22 @@ class ConversationArguments(ConversationBatches):
 
 
 def conversation_rows(data: DataArguments, conversations: ShapesConversations, *, train: bool, seed: int = 0) -> Any:
-    """Rows of the training or of the evaluation split; None with `--eval_split none`."""
+    """Rows of the training split; or those of the evaluation split, or None, as of `DataArguments.eval_rows`.
+
+    Raises:
+        NoSplitError: the data has no split of the name that was asked for.
+    """
+    if train:
+        return _rows(data, conversations, True, seed)
+    return data.for_evaluation(lambda: _rows(data, conversations, False, seed))
+
+
+def _rows(data: DataArguments, conversations: ShapesConversations, train: bool, seed: int) -> Any:
     from hf_vlp.data.conversations import load_conversations
 
     spec = data.train_data if train else data.eval_data or data.train_data
     split = data.train_split if train else data.eval_split
     limit = data.max_train_samples if train else data.max_eval_samples
-    if not train and split.lower() == "none":
-        return None
     options: dict[str, Any] = {}
     if spec == "shapes":
         options = {"preset": data.shapes_preset, **conversations.shapes_options()}

@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 
+import datasets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +26,7 @@ from hf_vlp.data.conversations import (
 )
 from hf_vlp.data.conversations.prompts import answer_text, stop_ids
 from hf_vlp.data.conversations.templates import rendered_parts
+from hf_vlp.data.splits import NoSplitError
 
 from .conversations import TinyProcessor, byte_tokenizer, learned_texts, record
 
@@ -165,6 +167,15 @@ def test_parquet_tar_and_saved_folders_give_the_same_messages(tmp_path):
     assert [row["messages"] for row in loaded] == plain
     assert [len(row["images"]) for row in loaded] == [1, 2, 0]
     assert loaded[0]["images"][0]["bytes"] == (tmp_path / "0.png").read_bytes()
+
+
+def test_a_split_that_the_hub_does_not_have(monkeypatch):
+    def without_split(*args, **options):
+        raise ValueError("Unknown split \"test\". Should be one of ['train', 'dev'].")
+
+    monkeypatch.setattr(datasets, "load_dataset", without_split)
+    with pytest.raises(NoSplitError, match="org/name has no split 'test'; it has train, dev$"):
+        load_conversations("org/name", "test")
 
 
 def test_a_bad_record_keeps_its_place_and_is_counted(tmp_path):

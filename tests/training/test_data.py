@@ -1,10 +1,14 @@
+import json
+
 import pytest
+from datasets import load_dataset
 from PIL import Image
 
 from hf_vlp.data import PairDataset, PairIterableDataset
 from hf_vlp.data.splits import NoSplitError
 from hf_vlp.training import DataArguments
 from hf_vlp.training.data import pair_dataset, texts_of_rows
+from hf_vlp.training.instructions import ShapesConversations, conversation_rows
 from tests.training import runs
 
 
@@ -36,6 +40,24 @@ def test_data_without_a_validation_split_trains_without_evaluation(tmp_path, cap
     for asked in ({"eval_split": "test"}, {"eval_data": folder}):
         with pytest.raises(NoSplitError, match="it has train"):
             DataArguments(train_data=folder, **asked).eval_rows()
+
+
+def test_conversations_without_a_validation_split_train_without_evaluation(tmp_path, capsys):
+    file = tmp_path / "llava_instruct.json"
+    file.write_text(
+        json.dumps([{"id": "1", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}])
+    )
+    load_dataset("json", data_files=str(file), split="train").save_to_disk(str(tmp_path / "saved"))
+    for source in (str(file), str(tmp_path / "saved")):
+        data = DataArguments(train_data=source)
+        assert len(conversation_rows(data, ShapesConversations(), train=True)) == 1
+        assert conversation_rows(data, ShapesConversations(), train=False) is None
+        assert f"no evaluation: {source} has no split 'validation'; it has train" in capsys.readouterr().out
+        data.eval_split = "train"
+        assert len(conversation_rows(data, ShapesConversations(), train=False)) == 1
+        for asked in ({"eval_split": "test"}, {"eval_data": source}):
+            with pytest.raises(NoSplitError, match="it has train"):
+                conversation_rows(DataArguments(train_data=source, **asked), ShapesConversations(), train=False)
 
 
 def test_records_of_a_table_and_of_a_stream():

@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetNotFoundError
 from ..readers import IMAGE_SUFFIXES, JsonFile, JsonLinesFile, RawRecord, json_kind
 from ..rows import rooted
 from ..sources import part_of_rows
-from ..splits import ALL, by_split, canonical_split, chosen, parse_split
+from ..splits import ALL, NoSplitError, as_no_split, by_split, canonical_split, chosen, parse_split
 from ..tables import in_memory
 from ..tars import TAR_SUFFIXES, TarShard
 from .messages import MessagesError, to_messages
@@ -76,8 +76,9 @@ def load_conversations(
 
     Raises:
         FileNotFoundError: there is no such file, folder or data set.
-        ValueError: unknown split, column or file type; no column with conversations; an image root below which there
-            are no images.
+        NoSplitError: the source has no such split.
+        ValueError: unknown column or file type; no column with conversations; an image root below which there are no
+            images.
         TypeError: options of Shapes for another source.
     """
     spec = os.fspath(spec)
@@ -113,6 +114,8 @@ def load_conversations(
             f"{spec!r} is neither 'shapes', nor a file or folder here (seen from {os.getcwd()}), nor a data set that "
             f"the Hub gives: {error}"
         ) from error
+    except ValueError as error:
+        raise as_no_split(error, spec, name) from error
     return part_of_rows(_typed(loaded, columns, root, spec), part)
 
 
@@ -191,10 +194,13 @@ def _check_roles(columns: Mapping[str, str] | None) -> None:
 def _folder(path: Path, split: str, streaming: bool, columns: Mapping[str, str] | None, root: Path | None) -> Rows:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = datasets.load_from_disk(str(path))
-        if not isinstance(saved, Dataset):
+        if isinstance(saved, Dataset):
+            if canonical_split(split) not in ("train", ALL):
+                raise NoSplitError(str(path), split, ["train"])
+        else:
             names = {canonical_split(name): name for name in saved}
             if split != ALL and canonical_split(split) not in names:
-                raise ValueError(f"{path} has no split {split!r}; it has {', '.join(saved)}")
+                raise NoSplitError(str(path), split, saved)
             parts = list(saved.values()) if split == ALL else [saved[names[canonical_split(split)]]]
             saved = datasets.concatenate_datasets(parts)
         rows = _typed(saved, columns, root or path, str(path))
