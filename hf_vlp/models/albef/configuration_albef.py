@@ -35,11 +35,6 @@ class AlbefTextConfig(BertConfig):
         """Number of layers with cross-attention, twins counted as two."""
         return (self.num_hidden_layers - self.fusion_layer) * self.images_per_text
 
-    @property
-    def num_layers_in_all(self) -> int:
-        """Number of layers that the network has: N, or 2N - fusion_layer for pairs of images."""
-        return self.fusion_layer + self.num_fusion_layers
-
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if not 0 <= self.fusion_layer <= self.num_hidden_layers:
