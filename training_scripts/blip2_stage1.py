@@ -17,6 +17,7 @@ from typing import ClassVar
 from transformers import AutoTokenizer, set_seed
 
 from hf_vlp.data import ImageTextCollator
+from hf_vlp.models.blip2.modeling_blip_2 import is_generation
 from hf_vlp.models.blip2.pretraining_blip_2 import Blip2ForPreTraining
 from hf_vlp.models.blip2.processing_blip_2 import Blip2Processor
 from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, apply_stage, parse_arguments
@@ -27,21 +28,19 @@ from hf_vlp.training.feature_cache import use_cache
 from hf_vlp.training.launch import say
 from hf_vlp.training.presets import SIZES, new_bert_tokenizer, qformer_config
 
-# What a stage-1 folder to go on from brings along.
-FROM_SCRATCH = (
+# What a BLIP-2 with a language model brings along, and what a stage-1 folder does.
+IMAGE_SIDE = (
     "vision_model",
     "drop_last_layers",
     "image_size",
-    "qformer",
     "qformer_size",
     "qformer_layers",
     "qformer_dropout",
-    "tokenizer",
-    "vocab_size",
     "num_query_tokens",
     "cross_attention_frequency",
     "image_text_hidden_size",
 )
+FROM_SCRATCH = (*IMAGE_SIDE, "qformer", "tokenizer", "vocab_size")
 
 
 @dataclass
@@ -50,7 +49,11 @@ class ModelArguments:
 
     _argument_group_name: ClassVar[str] = "model"
 
-    model_name_or_path: str | None = option(None, "Stage-1 folder or Hub id to go on from.")
+    model_name_or_path: str | None = option(
+        None,
+        "Stage-1 folder or Hub id to go on from; or a BLIP-2 with a language model, as of `hf-vlp new`, whose image "
+        "encoder and Q-Former are taken: the Q-Former's text side is then that of --qformer, or new.",
+    )
     vision_model: str | None = option(None, "Folder or Hub id of the image encoder: EVA-CLIP, BLIP-2, CLIP, ViT.")
     drop_last_layers: int | None = option(None, "Blocks of the image encoder to leave out; 1 for EVA-CLIP.")
     image_size: int | None = option(None, "Side of the images in pixels, if not the image encoder's own.")
@@ -82,33 +85,42 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         rows, eval_rows = data.train_rows(), data.eval_rows()
 
     # 2. Processor and model
-    if model_args.model_name_or_path:
+    source = model_args.model_name_or_path
+    generates = source is not None and is_generation(source)
+    if source and not generates:
         say_unused(model_args, FROM_SCRATCH, "--model_name_or_path brings its own")
-        processor = Blip2Processor.from_pretrained(model_args.model_name_or_path)
-        model = Blip2ForPreTraining.from_pretrained(model_args.model_name_or_path, gather_keys=model_args.gather_keys)
+        processor = Blip2Processor.from_pretrained(source)
+        model = Blip2ForPreTraining.from_pretrained(source, gather_keys=model_args.gather_keys)
     else:
-        named = model_args.tokenizer or (model_args.qformer if model_args.qformer != "scratch" else None)
+        bert = model_args.qformer if model_args.qformer != "scratch" else None
+        named = model_args.tokenizer or bert
         tokenizer = (
             AutoTokenizer.from_pretrained(named)
             if named
             else new_bert_tokenizer(texts_of_rows(rows), model_args.vocab_size)
         )
-        model = Blip2ForPreTraining.from_vision_qformer_pretrained(
-            model_args.vision_model,
-            qformer_config(
-                model_args.qformer_size, layers=model_args.qformer_layers, dropout=model_args.qformer_dropout
+        if generates:
+            say_unused(model_args, IMAGE_SIDE, "--model_name_or_path brings its own")
+            say(f"stage 1 starts from the image encoder and the Q-Former of {source}; text side: {bert or 'new'}")
+            images = Blip2Processor.from_pretrained(source).image_processor
+            processor = Blip2Processor.for_retrieval(tokenizer, image_processor=images)
+            model = Blip2ForPreTraining.from_generation_pretrained(
+                source, bert, tokenizer=tokenizer, gather_keys=model_args.gather_keys
             )
-            if model_args.qformer == "scratch"
-            else model_args.qformer,
-            tokenizer=tokenizer,
-            num_query_tokens=model_args.num_query_tokens,
-            cross_attention_frequency=model_args.cross_attention_frequency,
-            image_text_hidden_size=model_args.image_text_hidden_size,
-            image_size=model_args.image_size,
-            drop_last_layers=model_args.drop_last_layers,
-            gather_keys=model_args.gather_keys,
-        )
-        processor = Blip2Processor.for_retrieval(tokenizer, image_size=model.config.vision_config.image_size)
+        else:
+            sizes = {"layers": model_args.qformer_layers, "dropout": model_args.qformer_dropout}
+            model = Blip2ForPreTraining.from_vision_qformer_pretrained(
+                model_args.vision_model,
+                bert or qformer_config(model_args.qformer_size, **sizes),
+                tokenizer=tokenizer,
+                num_query_tokens=model_args.num_query_tokens,
+                cross_attention_frequency=model_args.cross_attention_frequency,
+                image_text_hidden_size=model_args.image_text_hidden_size,
+                image_size=model_args.image_size,
+                drop_last_layers=model_args.drop_last_layers,
+                gather_keys=model_args.gather_keys,
+            )
+            processor = Blip2Processor.for_retrieval(tokenizer, image_size=model.config.vision_config.image_size)
     say(apply_stage(model, args.stage or "stage1"))
 
     # 3. Datasets and collator

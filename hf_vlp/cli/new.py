@@ -10,7 +10,7 @@ from hf_vlp.cli.main import parser
 CONNECTORS: dict[str, tuple[tuple[str, ...], str]] = {
     "linear": (("llava", "llava_next"), "llava_stage1 --model_name_or_path {out}"),
     "mlp": (("llava", "llava_next"), "llava_stage1 --model_name_or_path {out}"),
-    "qformer": (("blip-2", "blip2_any_vision"), "blip2_stage2 --model_name_or_path {out}"),
+    "qformer": (("blip-2", "blip2_any_vision"), "blip2_stage1 --model_name_or_path {out}"),
     "resampler": (("qwen_vl",), "qwen_vl --model_name_or_path {out}"),
     "visual-expert": (("cogvlm",), "cogvlm --model_name_or_path {out}"),
 }
@@ -32,7 +32,7 @@ _EXAMPLES = """\
   hf-vlp new --vision THUDM/cogvlm-chat-hf --connector visual-expert --language lmsys/vicuna-7b-v1.5 --out my-cogvlm
 
 linear, mlp    LLaVA 1, LLaVA 1.5 (with --tiles LLaVA-NeXT)
-qformer        BLIP-2
+qformer        BLIP-2; its stage 1 takes tower and Q-Former from the folder, its stage 2 is given the language model
 resampler      Qwen-VL
 visual-expert  CogVLM
 
@@ -71,13 +71,16 @@ def main(argv: list[str]) -> int:
     from transformers import set_seed
 
     from hf_vlp.hub import save_for_hub
+    from hf_vlp.training.presets import SIZES
 
     set_seed(options.seed)
     build = {"qformer": new_qformer, "resampler": new_resampler, "visual-expert": new_visual_expert}
     model, processor = build.get(options.connector, new_projector)(options)
     save_for_hub(model.eval(), processor, out)
     print(out)
-    print(f"next: hf-vlp train {script.format(out=out)} --train_data … --output_dir …")
+    # The weights of a BERT that only texts pass through are not in the folder.
+    texts = f" --qformer {options.qformer}" if options.qformer not in (None, *SIZES) else ""
+    print(f"next: hf-vlp train {script.format(out=out)}{texts} --train_data … --output_dir …")
     return 0
 
 

@@ -12,6 +12,7 @@ from hf_vlp.cli.errors import EXIT_FAILED, EXIT_USAGE
 from hf_vlp.cli.main import main
 from hf_vlp.models.catalog import ARCHITECTURES, load_class
 from hf_vlp.models.clip.image_processing_clip import CLIPImageProcessorPil
+from tests.scripts.running import COMMON, script
 from tests.tiny import cogvlm as tiny_cogvlm
 from tests.tiny import llava as tiny
 
@@ -66,9 +67,46 @@ def test_a_seed_gives_the_same_folder(parts: tuple[str, str], tmp_path: Path) ->
 
 def test_a_qformer(parts: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert new(parts, "qformer", tmp_path / "out", "--qformer", "nano", "--num_query_tokens", "4") == 0
-    assert "blip2_stage2 --model_name_or_path" in capsys.readouterr().out
+    assert f"blip2_stage1 --model_name_or_path {tmp_path / 'out'} --train_data" in capsys.readouterr().out
     model = load_class(tmp_path / "out", "captioning").from_pretrained(tmp_path / "out")
     assert model.query_tokens.shape[1] == 4
+
+
+def test_the_bert_of_a_qformer_is_named_for_its_stage_1(
+    parts: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(**sizes, vocab_size=50, max_position_embeddings=40))
+    bert.save_pretrained(tmp_path / "bert")
+    assert new(parts, "qformer", tmp_path / "out", "--qformer", str(tmp_path / "bert")) == 0
+    assert f"--model_name_or_path {tmp_path / 'out'} --qformer {tmp_path / 'bert'} --" in capsys.readouterr().out
+
+
+def test_a_qformer_folder_is_the_start_of_both_stages(
+    parts: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = tmp_path / "start"
+    assert new(parts, "qformer", start, "--qformer", "nano", "--num_query_tokens", "4") == 0
+    options = ["--model_name_or_path", str(start), "--eval_split", "none", "--vocab_size", "600"]
+    options += ["--image_size", "64", "--output_dir", str(tmp_path / "stage1")]
+    script("blip2_stage1").main([*COMMON, *options])
+    said = capsys.readouterr().out
+    assert f"the image encoder and the Q-Former of {start}; text side: new" in said
+    assert "not used: --image_size" in said
+    assert "--vocab_size" not in said
+    before = load_class(start, "captioning").from_pretrained(start)
+    trained = load_class(tmp_path / "stage1" / "model", "retrieval").from_pretrained(tmp_path / "stage1" / "model")
+    for name, value in before.vision_model.tower.state_dict().items():
+        assert torch.equal(trained.vision_model.tower.state_dict()[name], value), name
+    assert trained.query_tokens.shape == before.query_tokens.shape
+    # Two steps of training away from where they started.
+    moved = (trained.query_tokens - before.query_tokens).abs()
+    assert 0 < moved.max() < 1e-3
+    size = load_class(start, "processor").from_pretrained(tmp_path / "stage1" / "model").image_processor.crop_size
+    assert size["height"] == 16
+    options = ["--stage1", str(tmp_path / "stage1" / "model"), "--language_model", parts[1], "--eval_split", "none"]
+    script("blip2_stage2").main([*COMMON, *options, "--output_dir", str(tmp_path / "stage2")])
+    assert load_class(tmp_path / "stage2" / "model", "captioning").from_pretrained(tmp_path / "stage2" / "model")
 
 
 @pytest.mark.skipif("qwen_vl" not in ARCHITECTURES, reason="no Qwen-VL in this version")

@@ -24,6 +24,7 @@ from tests.tiny.blip2 import (
     QUERIES,
     bert_tokenizer,
     blip2_config,
+    generation_model,
     pixels,
     pretraining_batch,
     pretraining_model,
@@ -417,6 +418,50 @@ def test_starts_from_a_native_folder_and_gives_it_back_unchanged(tmp_path: Path)
     transformers.Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "native").save_pretrained(tmp_path / "again")
     configs = [(tmp_path / name / "config.json").read_text() for name in ("again", "ours")]
     assert configs[0] == configs[1]
+
+
+def test_stage_1_before_its_first_step_from_a_model_that_generates(tmp_path: Path) -> None:
+    """Tower, queries and their side of the Q-Former are taken over; the text side is BERT's, or new."""
+    made = generation_model("opt")
+    made.save_pretrained(tmp_path / "made")
+    taken = {n: v for n, v in made.state_dict().items() if n.startswith(("vision_model.", "qformer.", "query_tokens"))}
+    bert = tiny_bert()
+    bert.save_pretrained(tmp_path / "bert")
+    words = bert_tokenizer()
+    for source in (None, str(tmp_path / "bert")):
+        model = Blip2ForPreTraining.from_generation_pretrained(str(tmp_path / "made"), source, tokenizer=words)
+        state = model.retrieval.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in taken.items())
+        assert len(state["embeddings.word_embeddings.weight"]) == len(words)
+        assert model.settings.decoder_start_token_id == words.bos_token_id == len(words) - 1
+        new = set(state) - set(taken)
+        assert {name.split(".")[0] for name in new} >= {"embeddings", "itm_head", "qformer", "text_projection"}
+        for name in new:
+            constant = name.endswith(("bias", "LayerNorm.weight"))
+            assert state[name].isfinite().all() and (constant or state[name].std() > 0.005), name
+        output = model(**pretraining_batch())
+        output.loss.backward()
+        assert output.loss.isfinite()
+    theirs, head = qformer_from_bert(bert.state_dict())
+    rows = bert.config.vocab_size
+    assert torch.equal(state["embeddings.word_embeddings.weight"][:rows], theirs["embeddings.word_embeddings.weight"])
+    for name in ("intermediate.dense.weight", "output.LayerNorm.bias"):
+        assert torch.equal(state[f"qformer.encoder.layer.1.{name}"], theirs[f"qformer.encoder.layer.1.{name}"])
+    assert torch.equal(model.itg_head.dense.weight, head["dense.weight"])
+
+
+def test_stage_1_from_a_model_that_does_not_fit_or_is_not_whole(tmp_path: Path) -> None:
+    made = generation_model("opt")
+    made.save_pretrained(tmp_path / "made")
+    tiny_bert(intermediate_size=52).save_pretrained(tmp_path / "bert")
+    options = {"tokenizer": bert_tokenizer()}
+    with pytest.raises(ValueError, match="intermediate_size 48, .*bert has 52"):
+        Blip2ForPreTraining.from_generation_pretrained(str(tmp_path / "made"), str(tmp_path / "bert"), **options)
+    lost = "qformer.encoder.layer.0.output_query."
+    state = {name: value for name, value in made.state_dict().items() if not name.startswith(lost)}
+    made.save_pretrained(tmp_path / "part", state_dict=state)
+    with pytest.raises(MissingWeightsError, match=lost):
+        Blip2ForPreTraining.from_generation_pretrained(str(tmp_path / "part"), **options)
 
 
 def test_incomplete_checkpoints_are_refused(tmp_path: Path) -> None:

@@ -290,9 +290,69 @@ def start_from_vision_and_qformer(
     return start
 
 
+def start_from_generation(source: str, bert: str | None = None, *, vocab_size: int) -> Start:
+    """The retrieval model of stage 1 before its first step, from a BLIP-2 that has a language model already.
+
+    Tower, queries and the queries' side of the Q-Former are that model's, whose language model is not read. The text
+    side is what such a model lacks: word embeddings and feed-forwards come from a BERT, or are new.
+
+    Args:
+        source: folder or Hub id, e.g. of `hf-vlp new`.
+        bert: folder or Hub id of the BERT that the text side starts from; it has to be of the Q-Former's sizes.
+        vocab_size: number of word embeddings.
+
+    Raises:
+        MissingWeightsError: a checkpoint lacks weights of the tower, of the queries' side, or of BERT.
+        ValueError: the BERT has other sizes.
+    """
+    architecture = ARCHITECTURES[saved_settings(source)["model_type"]]
+    saved = architecture.load("config").from_pretrained(source)
+    qformer = saved.qformer_config
+    extra = ("vision_output", "vision_layer_norm_eps")
+    config = architecture.load("config")(
+        vision_config=saved.vision_config.to_dict(),
+        qformer_config={**qformer.to_dict(), "use_qformer_text_input": True, "vocab_size": vocab_size},
+        num_query_tokens=saved.num_query_tokens,
+        image_text_hidden_size=saved.image_text_hidden_size,
+        **{name: getattr(saved, name) for name in extra if hasattr(saved, name)},
+    )
+    new = (
+        *("embeddings.", "vision_projection.", "text_projection.", "itm_head."),
+        *(
+            f"qformer.encoder.layer.{index}.{part}."
+            for index in range(qformer.num_hidden_layers)
+            for part in ("intermediate", "output")
+        ),
+    )
+    # The class that is to be trained refuses what lacks its heads; here they are known to be new.
+    retrieval = load_backbone(
+        architecture.load("retrieval"), source, optional=new, config=config, allow_missing=True, dtype=torch.float32
+    )
+    start = Start(config, {name: value for name, value in retrieval.state_dict().items() if not name.startswith(new)})
+    if bert is not None:
+        words = load_backbone(AutoModelForMaskedLM, bert, optional=("cls.",), dtype=torch.float32)
+        sizes = ("hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
+        for name in sizes:
+            if getattr(words.config, name) != getattr(qformer, name):
+                raise ValueError(
+                    f"the Q-Former of {source} has {name} {getattr(qformer, name)}, {bert} has "
+                    f"{getattr(words.config, name)}; give the BERT that it was made from, or none"
+                )
+        state, start.head = qformer_from_bert(words.state_dict())
+        start.state |= {name: value for name, value in state.items() if name.startswith(new)}
+    return start
+
+
 def text_free_config(config: Any) -> dict[str, Any]:
     """The Q-Former config of stage 2, which has no text branch."""
     return {**config.to_dict(), "use_qformer_text_input": False}
 
 
-__all__ = ["Start", "load_vision_tower", "qformer_from_bert", "resize_positions", "start_from_vision_and_qformer"]
+__all__ = [
+    "Start",
+    "load_vision_tower",
+    "qformer_from_bert",
+    "resize_positions",
+    "start_from_generation",
+    "start_from_vision_and_qformer",
+]

@@ -504,6 +504,13 @@ class Blip2ForConditionalGeneration(SoftPromptMixin, Blip2BackboneMixin, transfo
         return self.generate_text(images, input_ids, attention_mask, **generate_kwargs)
 
 
+def is_generation(source: str) -> bool:
+    """Whether a folder or Hub id holds a BLIP-2 with a language model."""
+    settings = saved_settings(source)
+    named = (settings.get("architectures") or [""])[0]
+    return settings.get("model_type") in ("blip-2", "blip2_any_vision") and named.endswith("ForConditionalGeneration")
+
+
 def stage1_model(stage1: str | PathLike[str] | PreTrainedModel) -> PreTrainedModel:
     """The retrieval model of a stage-1 checkpoint.
 

@@ -17,7 +17,11 @@ from transformers.utils import ModelOutput
 from hf_vlp.models.blip2.backbone_blip_2 import drop_walked_modules
 from hf_vlp.models.blip2.captioning_blip_2 import Blip2QFormerCaptioner
 from hf_vlp.models.blip2.conversion_blip_2 import from_original, original_weights
-from hf_vlp.models.blip2.initialization_blip_2 import start_from_vision_and_qformer
+from hf_vlp.models.blip2.initialization_blip_2 import (
+    Start,
+    start_from_generation,
+    start_from_vision_and_qformer,
+)
 from hf_vlp.models.blip2.processing_blip_2 import add_decoder_token
 from hf_vlp.models.blip2.qformer import (
     ImageKeys,
@@ -121,6 +125,13 @@ class ImageGroundedTextHead(nn.Module):
         """(..., hidden) to (..., vocabulary) logits, with `word_embeddings` (vocabulary, hidden)."""
         hidden = self.LayerNorm(self.activation(self.dense(hidden)))
         return nn.functional.linear(hidden, word_embeddings, self.bias)
+
+
+def _words(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """How many words a BERT tokenizer has once [DEC] is added, and `settings` with the tokens around a text."""
+    add_decoder_token(tokenizer)
+    ends = {"decoder_start_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.sep_token_id}
+    return len(tokenizer), ends | settings
 
 
 class Blip2ForPreTraining(PreTrainingMixin, PreTrainedModel):
@@ -272,10 +283,7 @@ class Blip2ForPreTraining(PreTrainingMixin, PreTrainedModel):
             tokenizer = AutoTokenizer.from_pretrained(qformer)
         vocab_size = None
         if tokenizer is not None:
-            add_decoder_token(tokenizer)
-            vocab_size = len(tokenizer)
-            settings.setdefault("decoder_start_token_id", tokenizer.bos_token_id)
-            settings.setdefault("eos_token_id", tokenizer.sep_token_id)
+            vocab_size, settings = _words(tokenizer, settings)
         start = start_from_vision_and_qformer(
             vision,
             qformer,
@@ -286,6 +294,31 @@ class Blip2ForPreTraining(PreTrainingMixin, PreTrainedModel):
             image_size=image_size,
             drop_last_layers=drop_last_layers,
         )
+        return cls._from_start(start, settings)
+
+    @classmethod
+    def from_generation_pretrained(
+        cls, source: str, bert: str | None = None, *, tokenizer: PreTrainedTokenizerBase, **settings: Any
+    ) -> "Blip2ForPreTraining":
+        """The model before its first step, from a BLIP-2 that has a language model already, as `hf-vlp new` makes one.
+
+        Tower, queries and the queries' side of the Q-Former are that model's; its language model is left behind.
+
+        Args:
+            source: folder or Hub id of a `Blip2ForConditionalGeneration`.
+            bert: folder or Hub id of the BERT that the Q-Former's text side starts from; by default it is new.
+            tokenizer: BERT's, as of `from_vision_qformer_pretrained`.
+            settings: fields of `Blip2PreTrainingSettings`.
+
+        Raises:
+            MissingWeightsError: a checkpoint lacks weights.
+            ValueError: the BERT is not of the Q-Former's sizes.
+        """
+        vocab_size, settings = _words(tokenizer, settings)
+        return cls._from_start(start_from_generation(source, bert, vocab_size=vocab_size), settings)
+
+    @classmethod
+    def _from_start(cls, start: Start, settings: dict[str, Any]) -> "Blip2ForPreTraining":
         model = cls(start.config, **settings)
         start.load_into(model.retrieval)
         with torch.no_grad():
