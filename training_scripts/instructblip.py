@@ -67,7 +67,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         sources = [source_of(entry, data, args.seed) for entry in model_args.sources]
         if not sources:
             sources = [InstructionSource("conversation", conversation_rows(data, conversations, train=True))]
-        eval_rows = conversation_rows(data, conversations, train=False)
+        # With --sources nobody looks at --train_data, so its evaluation split says nothing about this training.
+        evaluated = data.eval_data or not model_args.sources
+        eval_rows = conversation_rows(data, conversations, train=False) if evaluated else None
+        if not evaluated and data.eval_split.lower() != "none":
+            say("no evaluation: --sources are training data; name conversations to evaluate on by --eval_data")
 
     # 2. Processor and model
     if model_args.model_name_or_path:

@@ -30,7 +30,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_instructblip(parts: Path, tmp_path: Path) -> None:
+def test_instructblip(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     metrics = script("instructblip").main(
         [
             *COMMON, "--stage1", str(parts / "stage1"), "--language_model", str(parts / "lm"), "--shapes_short",
@@ -44,13 +44,16 @@ def test_instructblip(parts: Path, tmp_path: Path) -> None:
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert "instructblip" in (tmp_path / "one" / "model" / "README.md").read_text()
-    script("instructblip").main(
+    capsys.readouterr()
+    metrics = script("instructblip").main(
         [
-            *COMMON, "--model_name_or_path", str(tmp_path / "one" / "model"), "--eval_split", "none", "--stage",
-            "qformer", "--sources", "captioning=shapes", "vqa=shapes@2.0", "conversation=shapes", "--lora_r", "2",
+            *COMMON, "--model_name_or_path", str(tmp_path / "one" / "model"), "--stage", "qformer",
+            "--sources", "captioning=shapes", "vqa=shapes@2.0", "conversation=shapes", "--lora_r", "2",
             "--output_dir", str(tmp_path / "two"),
         ]
     )  # fmt: skip
+    assert "no evaluation: --sources are training data" in capsys.readouterr().out
+    assert not any(name.startswith("eval_") for name in metrics or {})
     again = transformers.InstructBlipForConditionalGeneration.from_pretrained(tmp_path / "two" / "model")
     assert not torch.equal(again.query_tokens, model.query_tokens)
     assert torch.equal(again.vision_model.post_layernorm.weight, model.vision_model.post_layernorm.weight)
