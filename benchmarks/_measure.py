@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _memory import TrackedAllocations, table  # noqa: E402
@@ -34,8 +34,8 @@ def in_turns(sides: Mapping[str, Callable[[], Any]], repeats: int, device: str) 
     return {name: statistics.median(seconds) for name, seconds in found.items() if seconds}
 
 
-def peak_bytes(run: Callable[[], Any], device: str, model: nn.Module) -> int:
-    """Most bytes that a step holds beyond weights, gradients included."""
+def peak_bytes(run: Callable[[], Any], device: str, model: nn.Module, *given: Tensor) -> int:
+    """Most bytes that a step holds beyond weights and what is given to it, gradients included."""
     model.zero_grad(set_to_none=True)
     if device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -44,7 +44,7 @@ def peak_bytes(run: Callable[[], Any], device: str, model: nn.Module) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with TrackedAllocations(*model.parameters(), *model.buffers()) as tracked:
+    with TrackedAllocations(*model.parameters(), *model.buffers(), *given) as tracked:
         run()
     return tracked.peak
 
