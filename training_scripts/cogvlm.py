@@ -32,13 +32,15 @@ from hf_vlp.models.cogvlm.modeling_cogvlm import CogVLMForConditionalGeneration
 from hf_vlp.models.cogvlm.processing_cogvlm import GROUNDING_PROMPTS, CogVLMProcessor, format_boxes
 from hf_vlp.models.loading import load_backbone
 from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, apply_stage, parse_arguments
-from hf_vlp.training.arguments import option, run_settings
+from hf_vlp.training.arguments import option, run_settings, say_unused
 from hf_vlp.training.data import main_process_first
 from hf_vlp.training.evaluators import CaptioningEvaluator, TaskEvaluator
 from hf_vlp.training.grounding import CaptionConversations, GroundingConversations, MixedDataset
 from hf_vlp.training.instructions import ConversationArguments, conversation_dataset, conversation_rows
 from hf_vlp.training.launch import say
 from hf_vlp.training.lora import LoraArguments, add_lora
+
+OF_A_NEW_ENCODER = ("patch_size", "vision_hidden_size", "vision_layers", "vision_heads", "vision_intermediate_size")
 
 
 @dataclass
@@ -157,11 +159,14 @@ def load_parts(arguments: ModelArguments, template: str) -> tuple[CogVLMForCondi
         template: the processor's format of questions.
     """
     if arguments.model_name_or_path:
+        unused = ("language_model", "vision_model", "downsample", "visual_expert_qkv_bias", *OF_A_NEW_ENCODER)
+        say_unused(arguments, unused, "--model_name_or_path brings its own")
         model: Any = load_backbone(CogVLMForConditionalGeneration, arguments.model_name_or_path, dtype="float32")
         tokenizer = CogVLMProcessor.from_pretrained(arguments.model_name_or_path).tokenizer
     else:
         seen: Any = None
         if arguments.vision_model:
+            say_unused(arguments, ("downsample", *OF_A_NEW_ENCODER), "--vision_model brings its own")
             seen = load_backbone(CogVLMForConditionalGeneration, arguments.vision_model, dtype="float32")
             vision: Any = seen.config.vision_config
         else:

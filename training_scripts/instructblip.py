@@ -29,7 +29,7 @@ from hf_vlp.models.catalog import load_class
 from hf_vlp.models.instructblip.modeling_instructblip import InstructBlipForConditionalGeneration
 from hf_vlp.models.instructblip.processing_instructblip import InstructBlipProcessor
 from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, apply_stage, parse_arguments
-from hf_vlp.training.arguments import option, run_settings
+from hf_vlp.training.arguments import option, run_settings, say_unused
 from hf_vlp.training.data import main_process_first
 from hf_vlp.training.evaluators import TaskEvaluator
 from hf_vlp.training.instructions import ShapesConversations, conversation_rows
@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # 2. Processor and model
     if model_args.model_name_or_path:
+        say_unused(model_args, ("stage1", "language_model"), "--model_name_or_path brings its own")
         processor = InstructBlipProcessor.from_pretrained(model_args.model_name_or_path)
         model = InstructBlipForConditionalGeneration.from_pretrained(
             model_args.model_name_or_path, **({"dtype": "float32"} | language_model_options(lora))

@@ -25,10 +25,12 @@ from hf_vlp.models.catalog import load_class
 from hf_vlp.models.llava.initialization_llava import load_vision_tower, new_processor
 from hf_vlp.models.llava.modeling_llava import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, apply_stage, parse_arguments
-from hf_vlp.training.arguments import option, run_settings
+from hf_vlp.training.arguments import option, run_settings, say_unused
 from hf_vlp.training.data import main_process_first
 from hf_vlp.training.grounding import CaptionConversations
 from hf_vlp.training.launch import say
+
+OF_A_NEW_MODEL = ("vision_model", "language_model", "connector", "tiles", "max_tiles", "aspect")
 
 
 @dataclass
@@ -91,6 +93,7 @@ def load_parts(arguments: ModelArguments) -> tuple[Any, Any]:
     """The model in float32 and its processor, from a folder or from the parts."""
     if arguments.model_name_or_path:
         folder = arguments.model_name_or_path
+        say_unused(arguments, OF_A_NEW_MODEL, "--model_name_or_path brings its own")
         model = load_class(folder, "model").from_pretrained(folder, dtype="float32")
         return model, load_class(folder, "processor").from_pretrained(folder)
     tower = load_vision_tower(arguments.vision_model, dtype="float32")

@@ -27,16 +27,19 @@ from transformers import AutoTokenizer, set_seed
 
 from hf_vlp.data import CaptioningCollator
 from hf_vlp.data.conversations import ConversationCollator
+from hf_vlp.models.loading import load_backbone
 from hf_vlp.models.qwen_vl.initialization_qwen_vl import from_vision_language_pretrained
 from hf_vlp.models.qwen_vl.modeling_qwen_vl import QwenVLForConditionalGeneration
 from hf_vlp.models.qwen_vl.processing_qwen_vl import QwenVLProcessor
 from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, apply_stage, parse_arguments
-from hf_vlp.training.arguments import option, run_settings
+from hf_vlp.training.arguments import option, run_settings, say_unused
 from hf_vlp.training.data import main_process_first, pair_dataset
 from hf_vlp.training.evaluators import CaptioningEvaluator, TaskEvaluator
 from hf_vlp.training.instructions import ConversationBatches, conversation_dataset, conversation_rows
 from hf_vlp.training.launch import say
 from hf_vlp.training.lora import LoraArguments, add_lora, language_model_options
+
+OF_A_NEW_MODEL = ("vision_model", "language_model", "num_query_tokens", "resampler_heads")
 
 
 @dataclass
@@ -81,9 +84,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # 2. Processor and model
     if start:
+        say_unused(model_args, OF_A_NEW_MODEL, "--model_name_or_path brings its own")
         processor = QwenVLProcessor.from_pretrained(start)
-        model = QwenVLForConditionalGeneration.from_pretrained(
-            start, **({"dtype": "float32"} | language_model_options(lora))
+        model: Any = load_backbone(
+            QwenVLForConditionalGeneration, start, **({"dtype": "float32"} | language_model_options(lora))
         )
         if model_args.image_size is not None:
             use_image_size(model, processor, model_args.image_size)

@@ -116,13 +116,15 @@ VISION = _VISION.split()
 
 
 @pytest.mark.slow
-def test_the_stages_of_the_script(tmp_path: Path) -> None:
+def test_the_stages_of_the_script(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     language = language_folder(tmp_path / "lm")
     main = script("cogvlm").main
     main([*COMMON, *VISION, "--language_model", str(language), "--output_dir", str(tmp_path / "one")])
     first = ["--model_name_or_path", str(tmp_path / "one" / "model")]
     grounded = ["--stage", "stage2", "--max_train_samples", "12", "--image_size", "32"]
-    main([*COMMON, *first, *grounded, "--output_dir", str(tmp_path / "two")])
+    capsys.readouterr()
+    main([*COMMON, *first, *grounded, "--downsample", "2", "--output_dir", str(tmp_path / "two")])
+    assert "not used: --downsample (--model_name_or_path brings its own)" in capsys.readouterr().out
     second = CogVLMForConditionalGeneration.from_pretrained(tmp_path / "two" / "model")
     assert second.config.vision_config.image_size == 32
     conversations = [

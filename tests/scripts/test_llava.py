@@ -124,6 +124,14 @@ def test_pipelines(line) -> None:
     assert AutoProcessor.from_pretrained(model).tokenizer.padding_side == "left"
 
 
+def test_a_folder_to_go_on_from_brings_its_own_parts(line, capsys: pytest.CaptureFixture) -> None:
+    stage1 = script("llava_stage1")
+    given = stage1.ModelArguments(model_name_or_path=str(line[0] / "stage1" / "model"), connector="linear")
+    model, _ = stage1.load_parts(given)
+    assert model.config.projector_hidden_act == "gelu"
+    assert "not used: --connector (--model_name_or_path brings its own)" in capsys.readouterr().out
+
+
 def test_missing_parts() -> None:
     with pytest.raises(SystemExit, match="--vision_model and --language_model"):
         script("llava_stage1").main(["--output_dir", "x"])

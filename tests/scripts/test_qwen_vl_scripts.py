@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
 
+from hf_vlp.models.loading import MissingWeightsError
+from hf_vlp.models.qwen_vl.initialization_qwen_vl import from_vision_language_pretrained
 from hf_vlp.models.qwen_vl.modeling_qwen_vl import QwenVLForConditionalGeneration
 from tests.scripts.running import COMMON, script
 from tests.tiny import blip2 as tiny_blip2
@@ -59,7 +61,7 @@ def test_instructblip(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert torch.equal(again.vision_model.post_layernorm.weight, model.vision_model.post_layernorm.weight)
 
 
-def test_qwen_vl_in_three_stages(parts: Path, tmp_path: Path) -> None:
+def test_qwen_vl_in_three_stages(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = script("qwen_vl").main
     new = [
         "--vision_model", str(parts / "tower"), "--language_model", str(parts / "lm"), "--num_query_tokens", "4",
@@ -71,9 +73,10 @@ def test_qwen_vl_in_three_stages(parts: Path, tmp_path: Path) -> None:
     metrics = run(
         [
             *COMMON, "--stage", "multitask", "--model_name_or_path", str(tmp_path / "1" / "model"), "--image_size",
-            "48", "--group_by_length", "true", "--output_dir", str(tmp_path / "2"),
+            "48", "--group_by_length", "true", "--num_query_tokens", "9", "--output_dir", str(tmp_path / "2"),
         ]
     )  # fmt: skip
+    assert "not used: --num_query_tokens (--model_name_or_path brings its own)" in capsys.readouterr().out
     assert 0 <= metrics["eval_exact"] <= 1
     second = QwenVLForConditionalGeneration.from_pretrained(tmp_path / "2" / "model")
     assert second.config.vision_config.image_size == 48
@@ -90,6 +93,20 @@ def test_qwen_vl_in_three_stages(parts: Path, tmp_path: Path) -> None:
     assert not torch.equal(third.resampler.query, second.resampler.query)
     config = json.loads((tmp_path / "3" / "model" / "config.json").read_text())
     assert config["auto_map"]["AutoModelForImageTextToText"].endswith("QwenVLForConditionalGeneration")
+
+
+def test_a_folder_without_some_weights_is_refused(parts: Path, tmp_path: Path) -> None:
+    model, processor = from_vision_language_pretrained(
+        str(parts / "tower"), str(parts / "lm"), AutoTokenizer.from_pretrained(parts / "lm"), num_query_tokens=4,
+        resampler_heads=2,
+    )  # fmt: skip
+    kept = {name: value for name, value in model.state_dict().items() if not name.startswith("resampler.query")}
+    model.save_pretrained(tmp_path / "part", state_dict=kept)
+    processor.save_pretrained(tmp_path / "part")
+    with pytest.raises(MissingWeightsError, match=r"lacks weights of QwenVL.*resampler\.query"):
+        script("qwen_vl").main(
+            [*COMMON, "--model_name_or_path", str(tmp_path / "part"), "--output_dir", str(tmp_path / "run")]
+        )
 
 
 @pytest.mark.parametrize(
