@@ -30,7 +30,10 @@ from hf_vlp.training.data import main_process_first
 from hf_vlp.training.grounding import CaptionConversations
 from hf_vlp.training.launch import say
 
-OF_A_NEW_MODEL = ("vision_model", "language_model", "connector", "tiles", "max_tiles", "aspect")
+OF_A_NEW_MODEL = (
+    "vision_model", "language_model", "connector", "vision_feature_layer", "vision_features", "tiles", "max_tiles",
+    "aspect",
+)  # fmt: skip
 
 
 @dataclass
@@ -43,6 +46,10 @@ class ModelArguments:
     vision_model: str | None = option(None, "Folder or Hub id of a vision transformer, or of a CLIP or SigLIP.")
     language_model: str | None = option(None, "Folder or Hub id of a causal language model.")
     connector: str = option("mlp", "mlp: two layers (1.5, NeXT); linear: one (1).", choices=["mlp", "linear"])
+    vision_feature_layer: int = option(-2, "Hidden state of the tower that is shown; -1 is its last layer's.")
+    vision_features: str = option(
+        "patch", "patch: the patches' features; cls_patch: the class token's too.", choices=["patch", "cls_patch"]
+    )
     tiles: bool = option(False, "Cut pictures into tiles (LLaVA-NeXT).")
     max_tiles: int = option(4, "Most tiles of a picture, with --tiles.")
     aspect: str = option(
@@ -102,11 +109,17 @@ def load_parts(arguments: ModelArguments) -> tuple[Any, Any]:
         tower,
         tiles=arguments.tiles,
         image_processor=AutoImageProcessor.from_pretrained(arguments.vision_model),
+        features=arguments.vision_features,
         **({"max_tiles": arguments.max_tiles} if arguments.tiles else {"aspect": arguments.aspect}),
     )
     kind = LlavaNextForConditionalGeneration if arguments.tiles else LlavaForConditionalGeneration
     model = kind.from_vision_language_pretrained(
-        tower, arguments.language_model, processor, connector=arguments.connector, dtype="float32"
+        tower,
+        arguments.language_model,
+        processor,
+        connector=arguments.connector,
+        vision_feature_layer=arguments.vision_feature_layer,
+        dtype="float32",
     )
     return model, processor
 

@@ -27,7 +27,6 @@ from transformers import AutoTokenizer, set_seed
 
 from hf_vlp.data import CaptioningCollator
 from hf_vlp.data.conversations import ConversationCollator
-from hf_vlp.models.loading import load_backbone
 from hf_vlp.models.qwen_vl.initialization_qwen_vl import from_vision_language_pretrained
 from hf_vlp.models.qwen_vl.modeling_qwen_vl import QwenVLForConditionalGeneration
 from hf_vlp.models.qwen_vl.processing_qwen_vl import QwenVLProcessor
@@ -86,8 +85,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if start:
         say_unused(model_args, OF_A_NEW_MODEL, "--model_name_or_path brings its own")
         processor = QwenVLProcessor.from_pretrained(start)
-        model: Any = load_backbone(
-            QwenVLForConditionalGeneration, start, **({"dtype": "float32"} | language_model_options(lora))
+        model = QwenVLForConditionalGeneration.from_pretrained(
+            start, **({"dtype": "float32"} | language_model_options(lora))
         )
         if model_args.image_size is not None:
             use_image_size(model, processor, model_args.image_size)

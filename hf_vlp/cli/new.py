@@ -20,6 +20,8 @@ _HEEDED = {
     "tiles": ("linear", "mlp"),
     "max_tiles": ("linear", "mlp"),
     "aspect": ("linear", "mlp"),
+    "vision_feature_layer": ("linear", "mlp"),
+    "vision_features": ("linear", "mlp"),
     "num_query_tokens": ("qformer", "resampler"),
     "qformer": ("qformer",),
 }
@@ -50,6 +52,12 @@ def main(argv: list[str]) -> int:
     command.add_argument("--max_tiles", type=int, help="with --tiles: most tiles of a picture (4)")
     command.add_argument(
         "--aspect", choices=("pad", "crop"), help="linear, mlp without --tiles: how pictures fit (pad)"
+    )
+    command.add_argument(
+        "--vision_feature_layer", type=int, help="linear, mlp: hidden state of the tower that is shown (-2)"
+    )
+    command.add_argument(
+        "--vision_features", choices=("patch", "cls_patch"), help="cls_patch: the class token's feature too (patch)"
     )
     command.add_argument("--num_query_tokens", type=int, help="qformer (32), resampler (256): tokens of a picture")
     command.add_argument("--qformer", help="qformer: a size (nano … large), or a BERT to start from (base)")
@@ -117,11 +125,18 @@ def new_projector(options: Any) -> tuple[Any, Any]:
         tower,
         tiles=options.tiles,
         image_processor=AutoImageProcessor.from_pretrained(options.vision),
+        features=options.vision_features or "patch",
         **settings,
     )
+    layer = -2 if options.vision_feature_layer is None else options.vision_feature_layer
     kind = ARCHITECTURES["llava_next" if options.tiles else "llava"].load("model")
     model = kind.from_vision_language_pretrained(
-        tower, options.language, processor, connector=options.connector, dtype="float32"
+        tower,
+        options.language,
+        processor,
+        connector=options.connector,
+        vision_feature_layer=layer,
+        dtype="float32",
     )
     return model, processor
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hf_vlp.cli.errors import EXIT_FAILED, EXIT_USAGE
 from hf_vlp.cli.main import main
@@ -55,6 +56,34 @@ def test_projectors(
     assert model.config.projector_hidden_act == ("linear" if connector == "linear" else "gelu")
     assert new(parts, connector, out) == EXIT_FAILED
     assert "exists" in capsys.readouterr().err
+
+
+def test_which_features_the_projector_sees(parts: tuple[str, str], tmp_path: Path) -> None:
+    seen = ["--vision_features", "cls_patch", "--vision_feature_layer", "-1"]
+    assert new(parts, "mlp", tmp_path / "out", *seen) == 0
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    assert (model.config.vision_feature_layer, model.config.vision_feature_select_strategy) == (-1, "full")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    batch = processor(images=Image.new("RGB", (16, 16), "red"), text="<image> a", return_tensors="pt")
+    patches = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
+    assert (batch["input_ids"] == model.config.image_token_id).sum() == patches + 1
+    with torch.no_grad():
+        states = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states
+        expected = model.model.multi_modal_projector(states[-1])
+        features = model.model.get_image_features(batch["pixel_values"]).pooler_output
+        assert torch.isfinite(model(**batch).logits).all()
+    torch.testing.assert_close(torch.as_tensor(features[0]), expected[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--tiles"], "features of tiles stand in a grid"), (["--vision_feature_layer", "9"], "vision_feature_layer 9 ")],
+)
+def test_features_that_cannot_be(
+    options: list[str], message: str, parts: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert new(parts, "mlp", tmp_path / "out", "--vision_features", "cls_patch", *options) == EXIT_FAILED
+    assert message in capsys.readouterr().err
 
 
 def test_a_seed_gives_the_same_folder(parts: tuple[str, str], tmp_path: Path) -> None:

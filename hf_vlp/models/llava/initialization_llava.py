@@ -27,6 +27,7 @@ from hf_vlp.models.llava.processing_llava import (
 from hf_vlp.models.loading import MissingWeightsError, load_backbone
 
 Connector = Literal["linear", "mlp"]
+Features = Literal["patch", "cls_patch"]
 # Largest relative difference between the text-only logits of the language model alone and inside LLaVA.
 SAME_LOGITS = 1e-4
 
@@ -98,16 +99,37 @@ def feature_layout(tower: PreTrainedModel, layer: int | list[int] = -2) -> tuple
 
 
 def new_processor(
-    tokenizer: Any, tower: PreTrainedModel, *, tiles: bool, image_processor: Any = None, **options: Any
+    tokenizer: Any,
+    tower: PreTrainedModel,
+    *,
+    tiles: bool,
+    image_processor: Any = None,
+    features: Features = "patch",
+    **options: Any,
 ) -> LlavaProcessor | LlavaNextProcessor:
-    """The processor of a tower and a language model's tokenizer; `options` of `for_language_model`."""
+    """The processor of a tower and a language model's tokenizer.
+
+    Args:
+        tiles: for LLaVA-NeXT.
+        features: "patch", the features of the patches, or "cls_patch", the class token's in front of them.
+        options: of `for_language_model`.
+
+    Raises:
+        ValueError: the class token's feature is asked for, but the tower has none, or pictures are cut into tiles,
+            whose features stand in a grid.
+    """
+    if features not in ("patch", "cls_patch"):
+        raise ValueError(f"features may be 'patch' or 'cls_patch', not {features!r}")
     extra, _ = feature_layout(tower)
+    if features == "cls_patch" and (tiles or extra != 1):
+        why = "features of tiles stand in a grid" if tiles else f"{type(tower).__name__} has no class token"
+        raise ValueError(f"features 'cls_patch': {why}; use 'patch'")
     return (LlavaNextProcessor if tiles else LlavaProcessor).for_language_model(
         tokenizer,
         tower.config,
         image_processor=image_processor,
         num_additional_image_tokens=extra,
-        vision_feature_select_strategy="default" if extra else "full",
+        vision_feature_select_strategy="default" if extra and features == "patch" else "full",
         **options,
     )
 
