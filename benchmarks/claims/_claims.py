@@ -14,7 +14,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -103,6 +103,27 @@ def command_line(settings: Mapping[str, Any]) -> list[str]:
     for name, value in settings.items():
         argv += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
     return argv
+
+
+def told_conversations(count: int, seed: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Scenes in words, and conversations about pictures of them: text for a language model that is to be shown
+    pictures later. One that has read questions and answers alone has learned to guess, and nothing in front of them
+    can tell it what to say while it is frozen."""
+    from hf_vlp.data import ShapesConfig, ShapesWorld
+    from hf_vlp.data.conversations import load_conversations
+
+    world = ShapesWorld(ShapesConfig.preset(WORLD["preset"]), "train", seed)
+    for row in load_conversations(f"shapes:{WORLD['preset']}", "train", seed=seed, size=count, short=True):
+        index = int(row["key"])
+        yield world.captions(index, world.scene(index))[0], row["messages"]
+
+
+def in_words(messages: Sequence[Mapping[str, Any]], said: str) -> list[dict[str, Any]]:
+    """A conversation with words in place of its picture."""
+    words = {"type": "text", "text": said}
+    return [
+        {**turn, "content": [words if one["type"] == "image" else one for one in turn["content"]]} for turn in messages
+    ]
 
 
 def trained(arm: Arm, seed: int, folder: Path, changes: Mapping[str, Any]) -> Path:

@@ -16,7 +16,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from _claims import SCENES, WORLD, Arm, arguments, changes_of, measured, report, trained, write_json
+from _claims import (
+    SCENES,
+    WORLD,
+    Arm,
+    arguments,
+    changes_of,
+    in_words,
+    measured,
+    report,
+    told_conversations,
+    trained,
+    write_json,
+)
 
 TEST_CONVERSATIONS = 300
 STAGE1_STEPS, SFT_STEPS = 400, 1200
@@ -42,13 +54,13 @@ ARMS: dict[str, dict[str, Any]] = {"two-stage": {}, "sft alone": {"alone": True}
 
 
 def language_model(folder: Path, seed: int, steps: int, rows: int = 8000) -> Path:
-    """Folder of a Llama that has read instructions without their pictures; trained unless it is there."""
+    """Folder of a Llama that has read conversations in which scenes are told in words; trained unless it is there."""
     run = folder / "text" / f"llama_{seed}_{steps}_{rows}"
     if (run / "seconds.json").is_file():
         return run / "model"
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-    from hf_vlp.data.conversations import ConversationCollator, ConversationDataset, load_conversations
+    from hf_vlp.data.conversations import ConversationCollator, ConversationDataset
     from hf_vlp.data.tokenizers import train_opt_tokenizer
     from hf_vlp.models.cogvlm.configuration_cogvlm import CogVLMConfig
     from hf_vlp.models.cogvlm.processing_cogvlm import CogVLMProcessor
@@ -63,14 +75,18 @@ def language_model(folder: Path, seed: int, steps: int, rows: int = 8000) -> Pat
             return {name: batch[name] for name in ("input_ids", "attention_mask", "labels", "record_report")}
 
     read = []
-    for row in load_conversations(f"shapes:{WORLD['preset']}", "train", seed=1000 + seed, size=rows, short=True):
-        messages = [
-            {"role": turn["role"], "content": [one for one in turn["content"] if one["type"] == "text"]}
-            for turn in row["messages"]
+    for number, (said, messages) in enumerate(told_conversations(rows, 1000 + seed)):
+        # What stage 1 asks for, and what SFT does.
+        told = [
+            {"role": "user", "content": [{"type": "text", "text": said}]},
+            {"role": "assistant", "content": [{"type": "text", "text": said}]},
         ]
-        read.append({"images": [], "messages": messages, "source": "text", "key": row["key"]})
-    said = (one["text"] for row in read for turn in row["messages"] for one in turn["content"])
-    tokenizer = train_opt_tokenizer([*said, "Question: Answer:\n"], 600, max_length=384)
+        read += [
+            {"images": [], "messages": one, "source": "text", "key": f"{kind} {number}"}
+            for kind, one in (("conversation", in_words(messages, said)), ("caption", told))
+        ]
+    words = (one["text"] for row in read for turn in row["messages"] for one in turn["content"])
+    tokenizer = train_opt_tokenizer([*words, "Question: Answer:\n"], 600, max_length=384)
     set_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(

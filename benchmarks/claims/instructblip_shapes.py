@@ -17,33 +17,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from _claims import SCENES, WORLD, Arm, arguments, changes_of, measured, report, trained
+from _claims import SCENES, WORLD, Arm, arguments, changes_of, measured, report, told_conversations, trained
 
 IMAGE = 40
 TEST_CONVERSATIONS = 300
-STAGE1_STEPS, INSTRUCT_STEPS = 800, 2000
+STAGE1_STEPS, INSTRUCT_STEPS = 1000, 2000
 CLIP: dict[str, Any] = {
     **SCENES, "model_type": "eva_clip", "size": "nano", "image_size": IMAGE, "patch_size": 8, "vocab_size": 600,
-    "shapes_size": 8000, "per_device_train_batch_size": 64, "max_steps": 600, "learning_rate": 1e-3,
-    "weight_decay": 0.1, "warmup_steps": 60,
+    "shapes_size": 16000, "per_device_train_batch_size": 96, "max_steps": 700, "learning_rate": 2e-3,
+    "weight_decay": 0.05, "warmup_steps": 70,
 }  # fmt: skip
+# Of Llama's kind, as Vicuna is: its end token ends an answer.
 LANGUAGE: dict[str, Any] = {
-    "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 384,
-    "vocab_size": 600, "per_device_train_batch_size": 32, "max_steps": 1500, "learning_rate": 1e-3,
-    "warmup_steps": 40, "max_length": 160,
+    "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "max_position_embeddings": 384, "vocab_size": 600, "per_device_train_batch_size": 32, "max_steps": 1200,
+    "learning_rate": 2e-3, "warmup_steps": 60, "max_length": 160,
 }  # fmt: skip
+# A middle layer of the tower and a shallow Q-Former, as in the demo.
 STAGE1: dict[str, Any] = {
-    **SCENES, "qformer_size": "nano", "num_query_tokens": 8, "shapes_size": 8000, "per_device_train_batch_size": 64,
+    **SCENES, "drop_last_layers": 2, "qformer_size": "nano", "qformer_layers": 2, "num_query_tokens": 8,
+    "cross_attention_frequency": 1, "qformer_dropout": 0, "shapes_size": 16000, "per_device_train_batch_size": 64,
     "max_steps": STAGE1_STEPS, "learning_rate": 1e-3, "warmup_steps": 60,
 }  # fmt: skip
 INSTRUCT: dict[str, Any] = {
     **SCENES, "shapes_short": "true", "shapes_size": 16000, "per_device_train_batch_size": 32,
-    "max_steps": INSTRUCT_STEPS, "learning_rate": 1e-3, "warmup_steps": 60, "lr_scheduler_type": "cosine",
+    "max_steps": INSTRUCT_STEPS, "learning_rate": 1.5e-3, "warmup_steps": 60, "lr_scheduler_type": "cosine",
     "max_grad_norm": 1.0,
 }  # fmt: skip
 LORA: dict[str, Any] = {
     "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0.0,
-    "lora_targets": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "lora_targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {
     "instruct": {},
@@ -52,23 +55,21 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def text_file(folder: Path, seed: int, rows: int = 6000) -> Path:
-    """What the language model reads: scenes told in words, then each question and its answer, and questions alone."""
+def text_file(folder: Path, seed: int, rows: int = 8000) -> Path:
+    """What the language model reads: a scene told in words, then, behind another begin token, which is where text
+    stands that has the queries in front of it, questions and an answer."""
     path = folder / "text" / f"instructblip_{seed}_{rows}.txt"
     if not path.is_file():
-        from hf_vlp.data.conversations import load_conversations
         from hf_vlp.data.conversations.instructblip import as_instruction
         from hf_vlp.data.conversations.messages import text_of
+        from hf_vlp.training.text import BREAK
 
         lines = []
-        for told in (1.0, 0.0):
-            options = {"size": rows // 2, "short": True, "text_only": told}
-            for row in load_conversations(f"shapes:{WORLD['preset']}", "train", seed=1000 + seed, **options):
-                messages = row["messages"]
-                for place, message in enumerate(messages):
-                    if message["role"] == "assistant":
-                        said = f"{as_instruction(messages[:place])} {text_of(message)}"
-                        lines.append(" ".join(said.split()))
+        for said, messages in told_conversations(rows, 1000 + seed):
+            for place, message in enumerate(messages):
+                if message["role"] == "assistant":
+                    asked = f"{as_instruction(messages[:place])} {text_of(message)}"
+                    lines.append(f"{said}{BREAK}{' '.join(asked.split())}")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

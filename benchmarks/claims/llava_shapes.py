@@ -16,7 +16,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from _claims import SCENES, WORLD, Arm, arguments, changes_of, measured, report, trained
+from _claims import (
+    SCENES,
+    WORLD,
+    Arm,
+    arguments,
+    changes_of,
+    in_words,
+    measured,
+    report,
+    told_conversations,
+    trained,
+)
 
 IMAGE = 40
 TEST_CONVERSATIONS = 300
@@ -27,9 +38,9 @@ CLIP: dict[str, Any] = {
     "weight_decay": 0.1, "warmup_steps": 60,
 }  # fmt: skip
 LANGUAGE: dict[str, Any] = {
-    "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 384,
-    "vocab_size": 600, "per_device_train_batch_size": 32, "max_steps": 400, "learning_rate": 1e-3,
-    "warmup_steps": 40, "max_length": 160,
+    "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "max_position_embeddings": 384, "vocab_size": 600, "per_device_train_batch_size": 32, "max_steps": 1200,
+    "learning_rate": 2e-3, "warmup_steps": 60, "max_length": 160,
 }  # fmt: skip
 STAGE1: dict[str, Any] = {
     **SCENES, "shapes_size": 8000, "per_device_train_batch_size": 32, "max_steps": STAGE1_STEPS,
@@ -42,7 +53,7 @@ STAGE2: dict[str, Any] = {
 }  # fmt: skip
 LORA: dict[str, Any] = {
     "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0.0, "learning_rate": 3e-3,
-    "lora_targets": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "lora_targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {
     "two-stage": {},
@@ -52,22 +63,22 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def text_file(folder: Path, seed: int, rows: int = 6000) -> Path:
-    """What the language model reads: instructions without their pictures, written as stage 2 writes them."""
-    path = folder / "text" / f"instructions_{seed}_{rows}.txt"
+def text_file(folder: Path, seed: int, rows: int = 8000) -> Path:
+    """What the language model reads: conversations as stage 2 writes them, scenes told in words in place of pictures,
+    and captions told and repeated, as in stage 1."""
+    path = folder / "text" / f"llava_{seed}_{rows}.txt"
     if not path.is_file():
-        from hf_vlp.data.conversations import load_conversations
         from hf_vlp.data.conversations.templates import VicunaTemplate
+        from hf_vlp.training.text import BREAK
 
-        template = VicunaTemplate(eos_token=" ", image_token="")
-        found = load_conversations(f"shapes:{WORLD['preset']}", "train", seed=1000 + seed, size=rows, short=True)
+        # Its begin token is its end token, so a break is the end of a turn.
+        template = VicunaTemplate(eos_token=BREAK, image_token="")
         lines = []
-        for row in found:
-            messages = [
-                {"role": message["role"], "content": [e for e in message["content"] if e["type"] == "text"]}
-                for message in row["messages"]
+        for said, messages in told_conversations(rows, 1000 + seed):
+            lines += [
+                template.render(in_words(messages, said)).text.replace("\n", " ").strip(),
+                f"{said}{BREAK}{said}",
             ]
-            lines.append(" ".join(template.render(messages).text.split()))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
