@@ -105,17 +105,24 @@ def command_line(settings: Mapping[str, Any]) -> list[str]:
     return argv
 
 
-def told_conversations(count: int, seed: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def told_conversations(count: int, seed: int, turns: int = 6) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Scenes in words, and conversations about pictures of them: text for a language model that is to be shown
     pictures later. One that has read questions and answers alone has learned to guess, and nothing in front of them
-    can tell it what to say while it is frozen."""
+    can tell it what to say while it is frozen. Many questions about a scene teach it fastest to look things up."""
     from hf_vlp.data import ShapesConfig, ShapesWorld
     from hf_vlp.data.conversations import load_conversations
+    from hf_vlp.data.shapes.instructions import KINDS
 
     world = ShapesWorld(ShapesConfig.preset(WORLD["preset"]), "train", seed)
-    for row in load_conversations(f"shapes:{WORLD['preset']}", "train", seed=seed, size=count, short=True):
-        index = int(row["key"])
-        yield world.captions(index, world.scene(index))[0], row["messages"]
+    options = {"seed": seed, "short": True, "min_turns": turns, "max_turns": turns}
+    # Short answers are asked for where no description is, so every other conversation has none.
+    brief = [kind for kind in KINDS if kind != "description"]
+    both = [
+        load_conversations(f"shapes:{WORLD['preset']}", "train", size=count, kinds=kinds, **options)
+        for kinds in (KINDS, brief)
+    ]
+    for index in range(count):
+        yield world.captions(index, world.scene(index))[0], both[index % 2][index]["messages"]
 
 
 def in_words(messages: Sequence[Mapping[str, Any]], said: str) -> list[dict[str, Any]]:

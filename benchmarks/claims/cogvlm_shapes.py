@@ -53,7 +53,7 @@ LORA: dict[str, Any] = {
 ARMS: dict[str, dict[str, Any]] = {"two-stage": {}, "sft alone": {"alone": True}, "lora": {"sft": LORA}}
 
 
-def language_model(folder: Path, seed: int, steps: int, rows: int = 8000) -> Path:
+def language_model(folder: Path, seed: int, steps: int, rows: int = 20_000) -> Path:
     """Folder of a Llama that has read conversations in which scenes are told in words; trained unless it is there."""
     run = folder / "text" / f"llama_{seed}_{steps}_{rows}"
     if (run / "seconds.json").is_file():

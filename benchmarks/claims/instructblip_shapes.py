@@ -30,7 +30,7 @@ CLIP: dict[str, Any] = {
 # Of Llama's kind, as Vicuna is: its end token ends an answer.
 LANGUAGE: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "max_position_embeddings": 384, "vocab_size": 600, "per_device_train_batch_size": 32, "max_steps": 1200,
+    "max_position_embeddings": 384, "vocab_size": 600, "per_device_train_batch_size": 32, "max_steps": 2000,
     "learning_rate": 2e-3, "warmup_steps": 60, "max_length": 160,
 }  # fmt: skip
 # A middle layer of the tower and a shallow Q-Former, as in the demo.
@@ -55,9 +55,10 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def text_file(folder: Path, seed: int, rows: int = 8000) -> Path:
+def text_file(folder: Path, seed: int, rows: int = 20_000) -> Path:
     """What the language model reads: a scene told in words, then, behind another begin token, which is where text
-    stands that has the queries in front of it, questions and an answer."""
+    stands that has the queries in front of it, questions and answers: one by one in two of three lines, in the third
+    as one instruction, which is how InstructBLIP is told what was said before."""
     path = folder / "text" / f"instructblip_{seed}_{rows}.txt"
     if not path.is_file():
         from hf_vlp.data.conversations.instructblip import as_instruction
@@ -65,11 +66,13 @@ def text_file(folder: Path, seed: int, rows: int = 8000) -> Path:
         from hf_vlp.training.text import BREAK
 
         lines = []
-        for said, messages in told_conversations(rows, 1000 + seed):
-            for place, message in enumerate(messages):
-                if message["role"] == "assistant":
-                    asked = f"{as_instruction(messages[:place])} {text_of(message)}"
-                    lines.append(f"{said}{BREAK}{' '.join(asked.split())}")
+        for number, (said, messages) in enumerate(told_conversations(rows, 1000 + seed)):
+            places = range(0, len(messages), 2)
+            if number % 3:
+                pieces = [f"{text_of(messages[place])} {text_of(messages[place + 1])}" for place in places]
+            else:
+                pieces = [f"{as_instruction(messages[:-1])} {text_of(messages[-1])}"]
+            lines.append(BREAK.join([said, *(" ".join(piece.split()) for piece in pieces)]))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

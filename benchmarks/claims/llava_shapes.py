@@ -31,25 +31,25 @@ from _claims import (
 
 IMAGE = 40
 TEST_CONVERSATIONS = 300
-STAGE1_STEPS, STAGE2_STEPS = 250, 1200
+STAGE1_STEPS, STAGE2_STEPS = 600, 1500
 CLIP: dict[str, Any] = {
     **SCENES, "model_type": "clip", "size": "nano", "image_size": IMAGE, "patch_size": 8, "vocab_size": 600,
-    "shapes_size": 8000, "per_device_train_batch_size": 64, "max_steps": 600, "learning_rate": 1e-3,
-    "weight_decay": 0.1, "warmup_steps": 60,
+    "shapes_size": 16000, "per_device_train_batch_size": 96, "max_steps": 700, "learning_rate": 2e-3,
+    "weight_decay": 0.05, "warmup_steps": 70,
 }  # fmt: skip
 LANGUAGE: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "max_position_embeddings": 384, "vocab_size": 600, "per_device_train_batch_size": 32, "max_steps": 1200,
+    "max_position_embeddings": 384, "vocab_size": 600, "per_device_train_batch_size": 32, "max_steps": 2000,
     "learning_rate": 2e-3, "warmup_steps": 60, "max_length": 160,
 }  # fmt: skip
 STAGE1: dict[str, Any] = {
-    **SCENES, "shapes_size": 8000, "per_device_train_batch_size": 32, "max_steps": STAGE1_STEPS,
+    **SCENES, "shapes_size": 16000, "per_device_train_batch_size": 32, "max_steps": STAGE1_STEPS,
     "learning_rate": 2e-3, "warmup_steps": 20, "lr_scheduler_type": "cosine",
 }  # fmt: skip
 STAGE2: dict[str, Any] = {
     **SCENES, "shapes_short": "true", "shapes_size": 16000, "per_device_train_batch_size": 32,
     "max_steps": STAGE2_STEPS, "learning_rate": 1e-3, "warmup_steps": 60, "lr_scheduler_type": "cosine",
-    "max_grad_norm": 1.0,
+    "max_grad_norm": 1.0, "group_by_length": "true",
 }  # fmt: skip
 LORA: dict[str, Any] = {
     "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0.0, "learning_rate": 3e-3,
@@ -63,7 +63,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def text_file(folder: Path, seed: int, rows: int = 8000) -> Path:
+def text_file(folder: Path, seed: int, rows: int = 20_000) -> Path:
     """What the language model reads: conversations as stage 2 writes them, scenes told in words in place of pictures,
     and captions told and repeated, as in stage 1."""
     path = folder / "text" / f"llava_{seed}_{rows}.txt"
@@ -71,14 +71,13 @@ def text_file(folder: Path, seed: int, rows: int = 8000) -> Path:
         from hf_vlp.data.conversations.templates import VicunaTemplate
         from hf_vlp.training.text import BREAK
 
-        # Its begin token is its end token, so a break is the end of a turn.
-        template = VicunaTemplate(eos_token=BREAK, image_token="")
+        # The begin token of its tokenizer is its end token, so a break is the end of a turn. The system's words are
+        # the longest part and always the same: every eighth conversation has them.
+        templates = [VicunaTemplate(eos_token=BREAK, image_token="", system=words) for words in (None, *[""] * 7)]
         lines = []
-        for said, messages in told_conversations(rows, 1000 + seed):
-            lines += [
-                template.render(in_words(messages, said)).text.replace("\n", " ").strip(),
-                f"{said}{BREAK}{said}",
-            ]
+        for number, (said, messages) in enumerate(told_conversations(rows, 1000 + seed)):
+            written = templates[number % 8].render(in_words(messages, said)).text
+            lines += [written.replace("\n", " ").strip(), f"{said}{BREAK}{said}"]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
