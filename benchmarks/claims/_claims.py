@@ -14,7 +14,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -103,34 +103,6 @@ def command_line(settings: Mapping[str, Any]) -> list[str]:
     for name, value in settings.items():
         argv += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
     return argv
-
-
-def told_conversations(count: int, seed: int, turns: int = 6) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Scenes in words, and conversations about pictures of them: text for a language model that is to be shown
-    pictures later. One that has read questions and answers alone has learned to guess, and nothing in front of them
-    can tell it what to say while it is frozen. Many questions about a scene teach it fastest to look things up."""
-    from hf_vlp.data import ShapesConfig, ShapesWorld
-    from hf_vlp.data.conversations import load_conversations
-    from hf_vlp.data.shapes.instructions import KINDS
-
-    world = ShapesWorld(ShapesConfig.preset(WORLD["preset"]), "train", seed)
-    options = {"seed": seed, "short": True, "min_turns": turns, "max_turns": turns}
-    # Short answers are asked for where no description is, so every other conversation has none.
-    brief = [kind for kind in KINDS if kind != "description"]
-    both = [
-        load_conversations(f"shapes:{WORLD['preset']}", "train", size=count, kinds=kinds, **options)
-        for kinds in (KINDS, brief)
-    ]
-    for index in range(count):
-        yield world.captions(index, world.scene(index))[0], both[index % 2][index]["messages"]
-
-
-def in_words(messages: Sequence[Mapping[str, Any]], said: str) -> list[dict[str, Any]]:
-    """A conversation with words in place of its picture."""
-    words = {"type": "text", "text": said}
-    return [
-        {**turn, "content": [words if one["type"] == "image" else one for one in turn["content"]]} for turn in messages
-    ]
 
 
 def trained(arm: Arm, seed: int, folder: Path, changes: Mapping[str, Any]) -> Path:

@@ -12,43 +12,30 @@ Arms: `two-stage`; `sft alone` with as many steps as both stages together; `lora
 """
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from _claims import (
-    SCENES,
-    WORLD,
-    Arm,
-    arguments,
-    changes_of,
-    in_words,
-    measured,
-    report,
-    told_conversations,
-    trained,
-    write_json,
-)
+from _claims import SCENES, write_json
+from _instructions import LINEAR_LAYERS, compare_answers, exact_answers, in_words, run, told_conversations
 
-TEST_CONVERSATIONS = 300
-STAGE1_STEPS, SFT_STEPS = 400, 1200
-LANGUAGE_STEPS = 600
+STAGE1_STEPS, SFT_STEPS = 2000, 1500
+LANGUAGE_STEPS = 2000
 SIZES: dict[str, Any] = {
     "image_size": 40, "patch_size": 8, "vision_hidden_size": 128, "vision_layers": 4, "vision_heads": 4,
     "vision_intermediate_size": 256,
 }  # fmt: skip
 STAGE1: dict[str, Any] = {
-    **SCENES, "stage": "stage1", "train_vision": "true", "shapes_size": 8000, "per_device_train_batch_size": 32,
+    **SCENES, "stage": "stage1", "train_vision": "true", "shapes_size": 16000, "per_device_train_batch_size": 32,
     "max_steps": STAGE1_STEPS, "learning_rate": 1e-3, "warmup_steps": 40, "lr_scheduler_type": "cosine",
 }  # fmt: skip
 SFT: dict[str, Any] = {
     **SCENES, "stage": "sft", "shapes_short": "true", "shapes_size": 16000, "per_device_train_batch_size": 32,
     "max_steps": SFT_STEPS, "learning_rate": 1e-3, "warmup_steps": 60, "lr_scheduler_type": "cosine",
-    "max_grad_norm": 1.0,
+    "max_grad_norm": 1.0, "group_by_length": "true",
 }  # fmt: skip
 LORA: dict[str, Any] = {
     "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0.0, "learning_rate": 3e-3,
-    "lora_targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "lora_targets": LINEAR_LAYERS,
 }  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {"two-stage": {}, "sft alone": {"alone": True}, "lora": {"sft": LORA}}
 
@@ -109,85 +96,45 @@ def language_model(folder: Path, seed: int, steps: int, rows: int = 20_000) -> P
     return run / "model"
 
 
-def run(name: str, settings: Mapping[str, Any], seed: int, given: argparse.Namespace, **more: Any) -> Path:
-    """Folder of a run of cogvlm.py, trained unless it is there."""
-    options = {**settings, **more}
-    if given.steps is not None:
-        options |= changes_of(given)
-    return trained(Arm(name, (), "cogvlm", tuple(options.items())), seed, given.output_dir, {})
+def language_of(seed: int, given: argparse.Namespace) -> Path:
+    """Folder of the language model of a seed."""
+    return language_model(given.output_dir, seed, LANGUAGE_STEPS if given.steps is None else given.steps)
 
 
-def trained_arm(name: str, seed: int, given: argparse.Namespace) -> tuple[Path, Path]:
-    """The last run of an arm, and the language model in it."""
+def trained_arm(name: str, seed: int, given: argparse.Namespace) -> Path:
+    """The last run of an arm, with all that it starts from."""
     arm = ARMS[name]
-    steps = LANGUAGE_STEPS if given.steps is None else given.steps
-    language = language_model(given.output_dir, seed, steps)
-    parts = {**SIZES, "language_model": str(language)}
+    parts = {**SIZES, "language_model": str(language_of(seed, given))}
     sft = {**SFT, **arm.get("sft", {})}
     if arm.get("alone"):
         sft["max_steps"] = STAGE1_STEPS + SFT_STEPS
-        return run(name, sft, seed, given, **parts), language
-    first = run("stage 1", STAGE1, seed, given, **parts)
-    return run(name, sft, seed, given, model_name_or_path=str(first / "model")), language
+        return run("cogvlm", name, sft, seed, given, **parts)
+    first = run("cogvlm", "stage 1", STAGE1, seed, given, **parts)
+    return run("cogvlm", name, sft, seed, given, model_name_or_path=str(first / "model"))
 
 
-def measures(model: Path, language: Path, conversations: int) -> dict[str, float]:
-    """Exact answers on the test split, and whether texts alone have the language model's logits."""
+def measures(model: Path, seed: int, given: argparse.Namespace) -> dict[str, float]:
+    """Exact answers, and whether texts alone have the language model's logits."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from hf_vlp.evaluation.run import run_evaluation
     from hf_vlp.models.cogvlm.modeling_cogvlm import CogVLMForConditionalGeneration
 
-    result = run_evaluation(
-        "instructions", model, "shapes", template="cogvlm_chat", batch_size=50, show_progress=False,
-        data_options={**WORLD, "short": True, "size": conversations},
-    )  # fmt: skip
-    metrics = {name: value for name, value in result["metrics"].items() if isinstance(value, int | float)}
-    metrics |= {f"exact_{kind}": value for kind, value in (result.get("per_kind") or {}).items()}
+    metrics = exact_answers(model, given, "cogvlm_chat")
     ours = CogVLMForConditionalGeneration.from_pretrained(model).eval()
-    plain = AutoModelForCausalLM.from_pretrained(language).eval()
+    plain = AutoModelForCausalLM.from_pretrained(language_of(seed, given)).eval()
     ids = torch.randint(plain.config.vocab_size, (8, 60), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         metrics["text_logits_identical"] = float(torch.equal(ours(ids).logits, plain(ids).logits))
     return metrics
 
 
-def main() -> None:
-    given = arguments(
+if __name__ == "__main__":
+    compare_answers(
         __doc__,
         list(ARMS),
-        lambda parser: parser.add_argument(
-            "--conversations", type=int, default=TEST_CONVERSATIONS, help="Of the test."
-        ),
+        trained_arm,
+        "cogvlm_shapes.json",
+        measures,
+        {"text logits identical": "text_logits_identical"},
     )
-    import torch
-
-    torch.set_num_threads(given.threads)
-    results: dict[str, dict[int, dict[str, float]]] = {}
-    for seed in given.seeds:
-        for name in given.arms:
-            folder, language = trained_arm(name, seed, given)
-            results.setdefault(name, {})[seed] = measured(
-                folder,
-                f"instructions_{given.conversations}",
-                lambda model, language=language: measures(model, language, given.conversations),
-            )
-            print(f"{name}, seed {seed}: {results[name][seed]} ({folder})", flush=True)
-    columns = {
-        "exact": "exact",
-        "first turn": "exact_first_turn",
-        "later turns": "exact_later_turns",
-        "text logits identical": "text_logits_identical",
-    }
-    report(
-        "Exact answers about unseen scenes: ± over seeds",
-        results,
-        {column: {"": metric} for column, metric in columns.items()},
-        "two-stage",
-        given.output_dir / "cogvlm_shapes.json",
-    )
-
-
-if __name__ == "__main__":
-    main()

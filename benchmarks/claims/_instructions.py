@@ -1,0 +1,131 @@
+"""What the claims of the LLM line share: a small tower, a small language model that has read of scenes in words, and
+exact answers about scenes that no part has seen."""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from _claims import SCENES, WORLD, Arm, Results, arguments, changes_of, measured, report, trained
+
+TEST_CONVERSATIONS = 300
+# For clip.py; the type of model is the recipe's.
+TOWER: dict[str, Any] = {
+    **SCENES, "size": "nano", "image_size": 40, "patch_size": 8, "vocab_size": 600, "shapes_size": 16000,
+    "per_device_train_batch_size": 96, "max_steps": 700, "learning_rate": 2e-3, "weight_decay": 0.05,
+    "warmup_steps": 70,
+}  # fmt: skip
+# For language_model.py. Of Llama's kind, as Vicuna is: its end token ends an answer.
+LANGUAGE: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "max_position_embeddings": 384, "vocab_size": 600, "per_device_train_batch_size": 32, "max_steps": 2000,
+    "learning_rate": 2e-3, "warmup_steps": 60, "max_length": 160,
+}  # fmt: skip
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def told_conversations(count: int, seed: int, turns: int = 6) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Scenes in words, and conversations about pictures of them: text for a language model that is to be shown
+    pictures later. One that has read questions and answers alone has learned to guess, and nothing in front of them
+    can tell it what to say while it is frozen. Many questions about a scene teach it fastest to look things up."""
+    from hf_vlp.data import ShapesConfig, ShapesWorld
+    from hf_vlp.data.conversations import load_conversations
+    from hf_vlp.data.shapes.instructions import KINDS
+
+    world = ShapesWorld(ShapesConfig.preset(WORLD["preset"]), "train", seed)
+    options = {"seed": seed, "short": True, "min_turns": turns, "max_turns": turns}
+    # Short answers are asked for where no description is, so every other conversation has none.
+    brief = [kind for kind in KINDS if kind != "description"]
+    both = [
+        load_conversations(f"shapes:{WORLD['preset']}", "train", size=count, kinds=kinds, **options)
+        for kinds in (KINDS, brief)
+    ]
+    for index in range(count):
+        yield world.captions(index, world.scene(index))[0], both[index % 2][index]["messages"]
+
+
+def in_words(messages: Sequence[Mapping[str, Any]], said: str) -> list[dict[str, Any]]:
+    """A conversation with words in place of its picture."""
+    words = {"type": "text", "text": said}
+    return [
+        {**turn, "content": [words if one["type"] == "image" else one for one in turn["content"]]} for turn in messages
+    ]
+
+
+def written(path: Path, lines: Iterator[str]) -> Path:
+    """A text file of these lines, made unless it is there."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        partial.replace(path)
+    return path
+
+
+def run(
+    script: str, name: str, settings: Mapping[str, Any], seed: int, given: argparse.Namespace, **more: Any
+) -> Path:
+    """Folder of a run, trained unless it is there."""
+    options = {**settings, **more}
+    if given.steps is not None and options["max_steps"] > given.steps:
+        options |= changes_of(given)
+    return trained(Arm(name, (), script, tuple(options.items())), seed, given.output_dir, {})
+
+
+def exact_answers(model: Path, given: argparse.Namespace, template: str | None = None) -> dict[str, float]:
+    """Share of right answers, over all and by kind."""
+    from hf_vlp.evaluation.run import run_evaluation
+
+    result = run_evaluation(
+        "instructions", model, "shapes", split=given.split, batch_size=50, show_progress=False,
+        data_options={**WORLD, "short": True, "size": given.conversations},
+        **({} if template is None else {"template": template}),
+    )  # fmt: skip
+    metrics = {name: value for name, value in result["metrics"].items() if isinstance(value, int | float)}
+    return metrics | {f"exact_{kind}": value for kind, value in (result.get("per_kind") or {}).items()}
+
+
+def compare_answers(
+    description: str,
+    arms: Sequence[str],
+    trained_arm: Callable[[str, int, argparse.Namespace], Path],
+    path: str,
+    measure: Callable[[Path, int, argparse.Namespace], dict[str, float]],
+    more_columns: Mapping[str, str] | None = None,
+) -> None:
+    """Trains and measures arms over seeds and reports their exact answers; the first one is what others are compared
+    with.
+
+    Args:
+        description: of `--help`.
+        trained_arm: folder of the last run of an arm.
+        path: of the JSON, in the output folder.
+        measure: (exported model, seed, command line) to metrics.
+        more_columns: column -> metric.
+    """
+
+    def options(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--conversations", type=int, default=TEST_CONVERSATIONS, help="Of the evaluation.")
+        parser.add_argument("--split", default="test", choices=["test", "validation"], help="Tune on validation.")
+
+    given = arguments(description, list(arms), options)
+    changes_of(given)  # For the threads.
+    results: Results = {}
+    name = f"instructions_{given.split}_{given.conversations}"
+    for seed in given.seeds:
+        for arm in given.arms:
+            folder = trained_arm(arm, seed, given)
+            results.setdefault(arm, {})[seed] = measured(
+                folder, name, lambda model, seed=seed: measure(model, seed, given)
+            )
+            print(f"{arm}, seed {seed}: {results[arm][seed]} ({folder})", flush=True)
+    kinds = ("color", "shape", "count", "relation", "description")
+    columns = {"exact": "exact", "first turn": "exact_first_turn", "later turns": "exact_later_turns"}
+    columns |= {kind: f"exact_{kind}" for kind in kinds} | dict(more_columns or {})
+    report(
+        f"Exact answers about unseen scenes ({given.split} split): ± over seeds",
+        results,
+        {column: {"": metric} for column, metric in columns.items()},
+        arms[0],
+        given.output_dir / path,
+    )
