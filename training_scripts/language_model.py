@@ -37,7 +37,9 @@ class ModelArguments:
 
     model_name_or_path: str | None = option(None, "Folder or Hub id to go on from; left out: from scratch.")
     text_file: str | None = option(
-        None, "Plain text to train on in place of the pairs' texts: one text a line, a tab where it begins anew."
+        None,
+        "Text to train on in place of the pairs' texts: one a line, or JSON lines with a `text` (.jsonl); a tab where "
+        "it begins anew.",
     )
     model_type: str = option("opt", "Kind of model, from scratch; CogVLM needs a llama.", choices=["opt", "llama"])
     hidden_size: int = option(128, "Width, from scratch.")

@@ -2,6 +2,7 @@
 exact answers about scenes that no part has seen."""
 
 import argparse
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ TOWER: dict[str, Any] = {
 # For language_model.py. Of Llama's kind, as Vicuna is: its end token ends an answer.
 LANGUAGE: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "max_position_embeddings": 384, "vocab_size": 600, "per_device_train_batch_size": 32, "max_steps": 2000,
-    "learning_rate": 2e-3, "warmup_steps": 60, "max_length": 160,
+    "max_position_embeddings": 512, "vocab_size": 600, "per_device_train_batch_size": 64, "max_steps": 2500,
+    "learning_rate": 1e-3, "warmup_steps": 60, "max_length": 160,
 }  # fmt: skip
+TEXT_SCENES = 24_000
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -52,14 +54,58 @@ def in_words(messages: Sequence[Mapping[str, Any]], said: str) -> list[dict[str,
     ]
 
 
-def written(path: Path, lines: Iterator[str]) -> Path:
-    """A text file of these lines, made unless it is there."""
+def pieces_of(messages: Sequence[Any], number: int) -> list[list[tuple[str, str]]]:
+    """Questions and answers in turns of one, and now and then of more, behind one another: most answers end a text."""
+    from hf_vlp.data.conversations.messages import text_of
+
+    said = [" ".join(text_of(message).split()) for message in messages]
+    turns = list(zip(said[::2], said[1::2], strict=True))
+    sizes = (1, 1, 1, 3) if number % 3 == 0 else (1, 1, 1, 1, 2)
+    pieces = []
+    for size in sizes:
+        pieces.append(turns[:size])
+        turns = turns[size:]
+    return [piece for piece in pieces if piece]
+
+
+def texts(count: int, seed: int) -> Iterator[str]:
+    """What the language model reads: scenes told in words, and questions and answers about them, written as each
+    recipe will write them about pictures; and every third scene told and told again.
+
+    A tab is a begin token, which is the end token too in this tokenizer. LLaVA: Vicuna's format, the scene in place of
+    the picture; the system's words, the longest part and always the same, in every fourth only. InstructBLIP: the
+    scene, then instructions behind a begin token, where text stands that has the queries in front of it; what was said
+    before is part of the instruction. CogVLM: the scene in front of everything.
+    """
+    from hf_vlp.data.conversations.templates import VicunaTemplate
+    from hf_vlp.training.text import BREAK
+
+    vicuna = [VicunaTemplate(eos_token=BREAK, image_token="", system=words) for words in (None, "", "", "")]
+    for number, (said, messages) in enumerate(told_conversations(count, seed)):
+        pieces = pieces_of(messages, number // 3)
+        if number % 3 == 0:
+            yield vicuna[number // 3 % 4].render(in_words(messages, said)).text
+            yield f"{said}{BREAK}{said}"
+        elif number % 3 == 1:
+            asked = (". ".join(f"{question} {answer}" for question, answer in piece) for piece in pieces)
+            yield BREAK.join([said, *asked])
+        else:
+            asked = (
+                "\n".join(f"Question: {question} Answer: {answer}" for question, answer in piece) for piece in pieces
+            )
+            yield f"{said} {BREAK.join(asked)}"
+
+
+def language_model(given: argparse.Namespace) -> Path:
+    """Folder of the language model, which all recipes and seeds share, as recipes share a Vicuna."""
+    path = given.output_dir / "text" / f"told_{TEXT_SCENES}.jsonl"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
+        lines = (json.dumps({"text": text}) for text in texts(TEXT_SCENES, 1000))
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
         partial.replace(path)
-    return path
+    return run("language_model", "language model", LANGUAGE, 0, given, text_file=str(path)) / "model"
 
 
 def run(

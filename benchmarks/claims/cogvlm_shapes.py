@@ -15,11 +15,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from _claims import SCENES, write_json
-from _instructions import LINEAR_LAYERS, compare_answers, exact_answers, in_words, run, told_conversations
+from _claims import SCENES
+from _instructions import LINEAR_LAYERS, compare_answers, exact_answers, language_model, run
 
 STAGE1_STEPS, SFT_STEPS = 2000, 1500
-LANGUAGE_STEPS = 2000
 SIZES: dict[str, Any] = {
     "image_size": 40, "patch_size": 8, "vision_hidden_size": 128, "vision_layers": 4, "vision_heads": 4,
     "vision_intermediate_size": 256,
@@ -40,71 +39,10 @@ LORA: dict[str, Any] = {
 ARMS: dict[str, dict[str, Any]] = {"two-stage": {}, "sft alone": {"alone": True}, "lora": {"sft": LORA}}
 
 
-def language_model(folder: Path, seed: int, steps: int, rows: int = 20_000) -> Path:
-    """Folder of a Llama that has read conversations in which scenes are told in words; trained unless it is there."""
-    run = folder / "text" / f"llama_{seed}_{steps}_{rows}"
-    if (run / "seconds.json").is_file():
-        return run / "model"
-    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
-
-    from hf_vlp.data.conversations import ConversationCollator, ConversationDataset
-    from hf_vlp.data.tokenizers import train_opt_tokenizer
-    from hf_vlp.models.cogvlm.configuration_cogvlm import CogVLMConfig
-    from hf_vlp.models.cogvlm.processing_cogvlm import CogVLMProcessor
-    from hf_vlp.training import VLPTrainer, VLPTrainingArguments
-
-    class EveryWord(ConversationCollator):
-        """Questions are learned too."""
-
-        def __call__(self, records: Any) -> dict[str, Any]:
-            batch = super().__call__(records)
-            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-            return {name: batch[name] for name in ("input_ids", "attention_mask", "labels", "record_report")}
-
-    read = []
-    for number, (said, messages) in enumerate(told_conversations(rows, 1000 + seed)):
-        # What stage 1 asks for, and what SFT does.
-        told = [
-            {"role": "user", "content": [{"type": "text", "text": said}]},
-            {"role": "assistant", "content": [{"type": "text", "text": said}]},
-        ]
-        read += [
-            {"images": [], "messages": one, "source": "text", "key": f"{kind} {number}"}
-            for kind, one in (("conversation", in_words(messages, said)), ("caption", told))
-        ]
-    words = (one["text"] for row in read for turn in row["messages"] for one in turn["content"])
-    tokenizer = train_opt_tokenizer([*words, "Question: Answer:\n"], 600, max_length=384)
-    set_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=344, num_hidden_layers=4,
-            num_attention_heads=4, max_position_embeddings=512, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
-    processor = CogVLMProcessor.for_model(tokenizer, CogVLMConfig())
-    running = {"sanity": False, "save_steps": 200, "save_total_limit": 1, "disable_tqdm": True, "use_cpu": True}
-    args = VLPTrainingArguments(
-        output_dir=str(run), max_steps=steps, per_device_train_batch_size=32, learning_rate=1e-3, warmup_steps=40,
-        seed=seed, logging_steps=50, **running,
-    )  # fmt: skip
-    collator = EveryWord(processor, template="cogvlm_chat")
-    VLPTrainer(model, args, collator, ConversationDataset(read, seed=seed), processing_class=tokenizer).train()
-    model.save_pretrained(run / "model")
-    tokenizer.save_pretrained(run / "model")
-    write_json(run / "seconds.json", {"steps": steps})
-    return run / "model"
-
-
-def language_of(seed: int, given: argparse.Namespace) -> Path:
-    """Folder of the language model of a seed."""
-    return language_model(given.output_dir, seed, LANGUAGE_STEPS if given.steps is None else given.steps)
-
-
 def trained_arm(name: str, seed: int, given: argparse.Namespace) -> Path:
     """The last run of an arm, with all that it starts from."""
     arm = ARMS[name]
-    parts = {**SIZES, "language_model": str(language_of(seed, given))}
+    parts = {**SIZES, "language_model": str(language_model(given))}
     sft = {**SFT, **arm.get("sft", {})}
     if arm.get("alone"):
         sft["max_steps"] = STAGE1_STEPS + SFT_STEPS
@@ -113,7 +51,7 @@ def trained_arm(name: str, seed: int, given: argparse.Namespace) -> Path:
     return run("cogvlm", name, sft, seed, given, model_name_or_path=str(first / "model"))
 
 
-def measures(model: Path, seed: int, given: argparse.Namespace) -> dict[str, float]:
+def measures(model: Path, _: int, given: argparse.Namespace) -> dict[str, float]:
     """Exact answers, and whether texts alone have the language model's logits."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -122,7 +60,7 @@ def measures(model: Path, seed: int, given: argparse.Namespace) -> dict[str, flo
 
     metrics = exact_answers(model, given, "cogvlm_chat")
     ours = CogVLMForConditionalGeneration.from_pretrained(model).eval()
-    plain = AutoModelForCausalLM.from_pretrained(language_of(seed, given)).eval()
+    plain = AutoModelForCausalLM.from_pretrained(language_model(given)).eval()
     ids = torch.randint(plain.config.vocab_size, (8, 60), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         metrics["text_logits_identical"] = float(torch.equal(ours(ids).logits, plain(ids).logits))

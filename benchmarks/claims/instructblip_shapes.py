@@ -13,24 +13,20 @@ Arms: `instruct`, which trains the Q-Former and the projection; `lora`, with ada
 """
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from _claims import SCENES
 from _instructions import (
-    LANGUAGE,
     LINEAR_LAYERS,
     TOWER,
     compare_answers,
     exact_answers,
+    language_model,
     run,
-    told_conversations,
-    written,
 )
 
 STAGE1_STEPS, INSTRUCT_STEPS = 1000, 2000
-TEXT_ROWS = 20_000
 # A middle layer of the tower and a shallow Q-Former, as in the demo.
 STAGE1: dict[str, Any] = {
     **SCENES, "drop_last_layers": 2, "qformer_size": "nano", "qformer_layers": 2, "num_query_tokens": 8,
@@ -53,32 +49,13 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def lines(seed: int, rows: int) -> Iterator[str]:
-    """What the language model reads: a scene told in words, then, behind another begin token, which is where text
-    stands that has the queries in front of it, questions and answers: one by one in two of three lines, in the third
-    as one instruction, which is how InstructBLIP is told what was said before."""
-    from hf_vlp.data.conversations.instructblip import as_instruction
-    from hf_vlp.data.conversations.messages import text_of
-    from hf_vlp.training.text import BREAK
-
-    for number, (said, messages) in enumerate(told_conversations(rows, 1000 + seed)):
-        places = range(0, len(messages), 2)
-        if number % 3:
-            pieces = [f"{text_of(messages[place])} {text_of(messages[place + 1])}" for place in places]
-        else:
-            pieces = [f"{as_instruction(messages[:-1])} {text_of(messages[-1])}"]
-        yield BREAK.join([said, *(" ".join(piece.split()) for piece in pieces)])
-
-
 def trained_arm(name: str, seed: int, given: argparse.Namespace) -> Path:
     """The last run of an arm, with all that it starts from."""
     arm = ARMS[name]
     clip = run("clip", "clip", TOWER, seed, given, model_type="eva_clip")
-    text = written(given.output_dir / "text" / f"instructblip_{seed}_{TEXT_ROWS}.txt", lines(seed, TEXT_ROWS))
-    lm = run("language_model", "language model", LANGUAGE, seed, given, text_file=str(text))
     settings = {**STAGE1, **arm.get("stage1", {})}
     stage1 = run("blip2_stage1", "stage 1", settings, seed, given, vision_model=str(clip / "model"))
-    parts = {"stage1": str(stage1 / "model"), "language_model": str(lm / "model")}
+    parts = {"stage1": str(stage1 / "model"), "language_model": str(language_model(given))}
     return run("instructblip", name, {**INSTRUCT, **arm.get("instruct", {})}, seed, given, **parts)
 
 

@@ -12,25 +12,20 @@ Arms: `two-stage`; `stage 2 alone` with as many steps as both stages together; `
 """
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from _claims import SCENES
 from _instructions import (
-    LANGUAGE,
     LINEAR_LAYERS,
     TOWER,
     compare_answers,
     exact_answers,
-    in_words,
+    language_model,
     run,
-    told_conversations,
-    written,
 )
 
 STAGE1_STEPS, STAGE2_STEPS = 600, 1500
-TEXT_ROWS = 20_000
 STAGE1: dict[str, Any] = {
     **SCENES, "shapes_size": 16000, "per_device_train_batch_size": 32, "max_steps": STAGE1_STEPS,
     "learning_rate": 2e-3, "warmup_steps": 20, "lr_scheduler_type": "cosine",
@@ -52,41 +47,25 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def lines(seed: int, rows: int) -> Iterator[str]:
-    """What the language model reads: conversations as stage 2 writes them, scenes told in words in place of pictures,
-    and captions told and repeated, as in stage 1."""
-    from hf_vlp.data.conversations.templates import VicunaTemplate
-    from hf_vlp.training.text import BREAK
-
-    # The begin token of its tokenizer is its end token, so a break is the end of a turn. The system's words are the
-    # longest part and always the same: every eighth conversation has them.
-    templates = [VicunaTemplate(eos_token=BREAK, image_token="", system=words) for words in (None, *[""] * 7)]
-    for number, (said, messages) in enumerate(told_conversations(rows, 1000 + seed)):
-        text = templates[number % 8].render(in_words(messages, said)).text
-        yield text.replace("\n", " ").strip()
-        yield f"{said}{BREAK}{said}"
-
-
 def trained_arm(name: str, seed: int, given: argparse.Namespace) -> Path:
     """The last run of an arm, with all that it starts from."""
     arm = ARMS[name]
     clip = run("clip", "clip", TOWER, seed, given, model_type="clip")
-    text = written(given.output_dir / "text" / f"llava_{seed}_{TEXT_ROWS}.txt", lines(seed, TEXT_ROWS))
-    lm = run("language_model", "language model", LANGUAGE, seed, given, text_file=str(text))
+    lm = language_model(given)
     parts = {
         "vision_model": str(clip / "model"),
-        "language_model": str(lm / "model"),
+        "language_model": str(lm),
         "connector": arm.get("connector", "mlp"),
     }
     stage2 = {**STAGE2, **arm.get("stage2", {})}
     if not arm.get("alone"):
         first = run("llava_stage1", "stage 1", STAGE1, seed, given, **parts)
         return run("llava_stage2", name, stage2, seed, given, model_name_or_path=str(first / "model"))
-    start = given.output_dir / "new" / clip.name / lm.name
+    start = given.output_dir / "new" / clip.name / lm.parent.name
     if not (start / "config.json").is_file():
         from hf_vlp.cli.main import main as command
 
-        options = [f"--{key}={value}" for key, value in (("vision", clip / "model"), ("language", lm / "model"))]
+        options = [f"--{key}={value}" for key, value in (("vision", clip / "model"), ("language", lm))]
         if command(["new", *options, "--connector=mlp", f"--out={start}", f"--seed={seed}"]):
             raise SystemExit("hf-vlp new failed")
     stage2["max_steps"] = STAGE1_STEPS + STAGE2_STEPS

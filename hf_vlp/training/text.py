@@ -1,5 +1,6 @@
 """Texts alone, for training the small language model that stage 2 of BLIP-2 then keeps frozen."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,31 @@ BREAK = "\t"
 
 
 def text_lines(path: str | Path) -> Rows:
-    """The lines of a plain text file as rows with a `text` column; empty lines are left out.
+    """The texts of a file as rows with a `text` column: its lines, or, if it is called .jsonl, what its lines have
+    under "text", which may hold line breaks. Empty ones are left out.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file has no text.
+        ValueError: the file has no text, or a line of it is not {"text": "…"}; the message names file and line.
     """
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if path.suffix == ".jsonl":
+        lines = [_text_of_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
         raise ValueError(f"{path} has no line of text")
-    return Rows.from_dict({"text": lines})
+    return Rows.from_dict({"text": texts})
+
+
+def _text_of_line(path: Path, number: int, line: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, TypeError, KeyError):
+        text = None
+    if not isinstance(text, str):
+        raise ValueError(f'{path}, line {number}: not an object with a text, such as {{"text": "a red star"}}')
+    return text
 
 
 class TextDataset(Dataset):

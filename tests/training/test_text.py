@@ -45,3 +45,17 @@ def test_lines_of_a_file(tmp_path, tokenizer) -> None:
     path.write_text("\n \n")
     with pytest.raises(ValueError, match=r"text\.txt has no line of text"):
         text_lines(path)
+
+
+def test_lines_of_a_json_file_may_break(tmp_path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "what is it?\\na star"}\n\n{"text": " a red ring\\ta ring "}\n')
+    assert text_lines(path)["text"] == ["what is it?\na star", "a red ring\ta ring"]
+
+
+@pytest.mark.parametrize("line", ["a star", '["a star"]', '{"caption": "a star"}', '{"text": 3}'])
+def test_a_line_without_text_is_named(tmp_path, line: str) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text(f'{{"text": "a ring"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"text\.jsonl, line 2: not an object with a text"):
+        text_lines(path)
