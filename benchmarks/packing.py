@@ -6,7 +6,7 @@ All three read the same conversations with the same weights. The padded and the 
 their losses and gradients are compared; grouped batches are others, so only their speed is. Lengths follow the
 composition of LLaVA 1.5's instruction mixture (158k made by a language model, 40k without pictures from ShareGPT, the
 rest from question answering, captioning and referring expressions), drawn at random in that proportion; with
-`--scale 0.125` everything, image tokens and the limit of 2048 included, is an eighth as long.
+`--scale 0.25` everything, image tokens and the limit of 2048 included, is a quarter as long.
 """
 
 import argparse
@@ -126,13 +126,13 @@ def timed(model: nn.Module, batches: Sequence[dict[str, Tensor]], repeats: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=32, help="conversations a step")
-    parser.add_argument("--steps", type=int, default=4, help="batches that are timed")
+    parser.add_argument("--steps", type=int, default=6, help="batches that are timed")
     parser.add_argument("--repeats", type=int, default=2, help="rounds; the best one counts")
-    parser.add_argument("--scale", type=float, default=0.125, help="length of everything, 1 being LLaVA's own")
+    parser.add_argument("--scale", type=float, default=0.25, help="length of everything, 1 being LLaVA's own")
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--image_tokens", type=int, default=256, help="256 as LLaVA 1, 576 as LLaVA 1.5")
-    parser.add_argument("--rows", type=float, default=2.0, help="tokens of a packed row, in limits")
+    parser.add_argument("--rows", type=float, default=1.0, help="tokens of a packed row, in limits")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", action="store_true", help="count positions at full length instead of training")
     args = parser.parse_args()
