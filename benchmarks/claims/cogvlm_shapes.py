@@ -5,8 +5,8 @@
 CogVLM (arXiv 2311.03079): a language model that was trained on text alone gets visual experts; experts, adapter and a
 small image encoder learn captions (stage 1) and conversations (SFT), the language model never does. Measured are the
 share of exact answers (colour, shape, count, relation; several turns) on scenes of the test split, and whether the
-logits of texts alone are the language model's to the bit. Each part is trained once a seed and shared by the arms; a
-run that was stopped goes on from its checkpoint.
+logits of texts alone are the language model's to the bit. The language model is trained once, the other parts once a
+seed, shared by the arms; a run that was stopped goes on from its checkpoint.
 
 Arms: `two-stage`; `sft alone` with as many steps as both stages together; `lora`: adapters in the experts in SFT.
 """

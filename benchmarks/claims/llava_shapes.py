@@ -5,7 +5,8 @@
 LLaVA (arXiv 2304.08485, 2310.03744): the vision tower is trained by clip.py on captions, the language model by
 language_model.py on text alone, the projector in stage 1, projector and language model in stage 2, all on the built-in
 Shapes. Measured is the share of exact answers (colour, shape, count, relation; several turns) on scenes of the test
-split. Each part is trained once a seed and shared by the arms; a run that was stopped goes on from its checkpoint.
+split. The language model is trained once, the other parts once a seed, shared by the arms; a run that was stopped goes
+on from its checkpoint.
 
 Arms: `two-stage`; `stage 2 alone` with as many steps as both stages together; `linear` in place of the two layers;
 `lora` in place of the whole language model.
