@@ -5,8 +5,8 @@
 InstructBLIP (arXiv 2305.06500): an EVA tower trained by clip.py on captions, the Q-Former by blip2_stage1.py, the
 language model by language_model.py on text alone (scenes told in words, questions, answers), then instruction tuning,
 all on the built-in Shapes. Measured is the share of exact answers (colour, shape, count, relation; several turns) on
-scenes of the test split. The language model is trained once, the other parts once a seed, shared by the arms; a run that
-was stopped goes on from its checkpoint.
+scenes of the test split. The language model is trained once, the other parts once a seed, shared by the arms; a run
+that was stopped goes on from its checkpoint.
 
 Arms: `instruct`, which trains the Q-Former and the projection; `lora`, with adapters in the language model as well;
 `no stage 1`, instruction tuning of a Q-Former that stage 1 has only begun (one step), with as many steps as both.
