@@ -71,9 +71,7 @@ class RecipeArguments:
 
     grounding_data: str = option("shapes", "stage2: referring expressions with boxes, as of load_task('grounding').")
     describe_share: float = option(0.5, "stage2: share of the expressions that are asked for, given the box.")
-    lora_part: str = option(
-        "visual_experts", "Where adapters go.", choices=["visual_experts", "language_model"]
-    )  # fmt: skip
+    lora_part: str = option("visual_experts", "Where adapters go.", choices=["visual_experts", "language_model"])
 
 
 @dataclass
@@ -221,15 +219,13 @@ def datasets_of(
     if stage == "stage1":
         return captions, evaluation, eval_rows
     prompts = {"locate": GROUNDING_PROMPTS["locate"], "describe": GROUNDING_PROMPTS["describe"]}
-    phrases = _first(load_task("grounding", recipe.grounding_data, data.train_split), data.max_train_samples)
+    phrases = load_task("grounding", recipe.grounding_data, data.train_split)
+    if data.max_train_samples is not None:
+        phrases = phrases.select(range(min(data.max_train_samples, len(phrases))))
     grounding = GroundingConversations(
         phrases, write=format_boxes, share_described=recipe.describe_share, seed=seed, **prompts
     )
     return MixedDataset([captions, grounding]), evaluation, eval_rows
-
-
-def _first(rows: Any, limit: int | None) -> Any:
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
 if __name__ == "__main__":
