@@ -184,9 +184,8 @@ def load_parts(arguments: ModelArguments, template: str) -> tuple[CogVLMForCondi
         )
         if seen is not None:
             model.vision_model.load_state_dict(seen.vision_model.state_dict())
-            if seen.config.text_config.hidden_size == model.config.text_config.hidden_size and (
-                seen.config.projector_hidden_size == model.config.projector_hidden_size
-            ):
+            widths = [(one.text_config.hidden_size, one.projector_hidden_size) for one in (seen.config, model.config)]
+            if widths[0] == widths[1]:
                 model.projector.load_state_dict(seen.projector.state_dict())
         tokenizer = AutoTokenizer.from_pretrained(arguments.language_model)
     if arguments.image_size:
