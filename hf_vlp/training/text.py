@@ -1,6 +1,5 @@
 """Texts alone, for training the small language model that stage 2 of BLIP-2 then keeps frozen."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from datasets import Dataset as Rows
 from torch.utils.data import Dataset
 
 from hf_vlp.data.hashing import drawn_text
+from hf_vlp.data.readers import JsonLinesFile, RawRecord
 from hf_vlp.data.records import texts_of
 
 # What ends a caption for OPT in stage 2, so the language model should have seen it as an end.
@@ -27,22 +27,20 @@ def text_lines(path: str | Path) -> Rows:
         ValueError: the file has no text, or a line of it is not {"text": "…"}; the message names file and line.
     """
     path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines()
     if path.suffix == ".jsonl":
-        lines = [_text_of_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        lines = [_text_of(path, record) for record in JsonLinesFile(path)]
+    else:
+        lines = path.read_text(encoding="utf-8").splitlines()
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
         raise ValueError(f"{path} has no line of text")
     return Rows.from_dict({"text": texts})
 
 
-def _text_of_line(path: Path, number: int, line: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, TypeError, KeyError):
-        text = None
+def _text_of(path: Path, record: RawRecord) -> str:
+    text = (record.fields or {}).get("text")
     if not isinstance(text, str):
-        raise ValueError(f'{path}, line {number}: not an object with a text, such as {{"text": "a red star"}}')
+        raise ValueError(f'{path}, {record.key}: not an object with a text, such as {{"text": "a red star"}}')
     return text
 
 

@@ -49,8 +49,9 @@ def test_lines_of_a_file(tmp_path, tokenizer) -> None:
 
 def test_lines_of_a_json_file_may_break(tmp_path) -> None:
     path = tmp_path / "text.jsonl"
-    path.write_text('{"text": "what is it?\\na star"}\n\n{"text": " a red ring\\ta ring "}\n')
-    assert text_lines(path)["text"] == ["what is it?\na star", "a red ring\ta ring"]
+    # A line separator of Unicode is no end of a line here.
+    path.write_text('{"text": "what is it?\\na star"}\n\n{"text": " a red\u2028ring\\ta ring "}\n', encoding="utf-8")
+    assert text_lines(path)["text"] == ["what is it?\na star", "a red\u2028ring\ta ring"]
 
 
 @pytest.mark.parametrize("line", ["a star", '["a star"]', '{"caption": "a star"}', '{"text": 3}'])
