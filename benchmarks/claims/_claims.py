@@ -124,11 +124,17 @@ def trained(arm: Arm, seed: int, folder: Path, changes: Mapping[str, Any]) -> Pa
     return run
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As `write_text`."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def measured(run: Path, name: str, measure: Callable[[Path], dict[str, float]]) -> dict[str, float]:
@@ -243,6 +249,5 @@ def report(
     text = "\n".join(lines)
     print(f"\n{text}\n")
     found = {"claim": claim, "baseline": baseline, "table": table, "markdown": text}
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, found)
     return found

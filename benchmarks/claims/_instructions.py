@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _claims import SCENES, WORLD, Arm, Results, arguments, changes_of, measured, report, trained
+from _claims import SCENES, WORLD, Arm, Results, arguments, changes_of, measured, report, trained, write_text
 
 TEST_CONVERSATIONS = 300
 # For clip.py; the type of model is the recipe's.
@@ -100,11 +100,7 @@ def language_model(given: argparse.Namespace) -> Path:
     """Folder of the language model, which all recipes and seeds share, as recipes share a Vicuna."""
     path = given.output_dir / "text" / f"told_{TEXT_SCENES}.jsonl"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        lines = (json.dumps({"text": text}) for text in texts(TEXT_SCENES, 1000))
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts(TEXT_SCENES, 1000)))
     return run("language_model", "language model", LANGUAGE, 0, given, text_file=str(path)) / "model"
 
 
@@ -154,6 +150,8 @@ def compare_answers(
         parser.add_argument("--conversations", type=int, default=TEST_CONVERSATIONS, help="Of the evaluation.")
         parser.add_argument("--split", default="test", choices=["test", "validation"], help="Tune on validation.")
 
+    from hf_vlp.data.shapes.instructions import KINDS
+
     given = arguments(description, list(arms), options)
     changes_of(given)  # For the threads.
     results: Results = {}
@@ -165,9 +163,8 @@ def compare_answers(
                 folder, name, lambda model, seed=seed: measure(model, seed, given)
             )
             print(f"{arm}, seed {seed}: {results[arm][seed]} ({folder})", flush=True)
-    kinds = ("color", "shape", "count", "relation", "description")
     columns = {"exact": "exact", "first turn": "exact_first_turn", "later turns": "exact_later_turns"}
-    columns |= {kind: f"exact_{kind}" for kind in kinds} | dict(more_columns or {})
+    columns |= {kind: f"exact_{kind}" for kind in KINDS} | dict(more_columns or {})
     report(
         f"Exact answers about unseen scenes ({given.split} split): ± over seeds",
         results,

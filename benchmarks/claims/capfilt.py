@@ -181,10 +181,7 @@ class Loop:
         path = self.folder / f"text-{self.seed}.txt"
         if not path.is_file():
             texts = shapes_texts(20_000, seed=self.seed, sentences=3, all_combinations=True, **_claims.WORLD)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text("\n".join(texts) + "\n")
-            partial.replace(path)
+            _claims.write_text(path, "\n".join(texts) + "\n")
         return path
 
     def set_of(self, arm: str) -> Path:
