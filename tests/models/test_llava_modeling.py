@@ -202,6 +202,15 @@ TOWERS: dict[str, Any] = {
 }
 
 
+def test_a_tower_without_a_class_token_cannot_show_it() -> None:
+    config = transformers.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    tower = transformers.SiglipVisionModel(config)
+    with pytest.raises(ValueError, match="has 0 tokens beside the patches, not a class token alone"):
+        new_processor(tiny.tokenizer(), tower, tiles=False, features="cls_patch")
+
+
 @pytest.mark.parametrize("family", TOWERS)
 @pytest.mark.parametrize("tiles", [False, True])
 def test_other_towers(family: str, tiles: bool, tmp_path: Path) -> None:

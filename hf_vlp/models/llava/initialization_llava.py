@@ -115,14 +115,15 @@ def new_processor(
         options: of `for_language_model`.
 
     Raises:
-        ValueError: the class token's feature is asked for, but the tower has none, or pictures are cut into tiles,
-            whose features stand in a grid.
+        ValueError: the class token's feature is asked for, but the tower has none, or more beside it, or pictures are
+            cut into tiles, whose features stand in a grid.
     """
     if features not in ("patch", "cls_patch"):
         raise ValueError(f"features may be 'patch' or 'cls_patch', not {features!r}")
     extra, _ = feature_layout(tower)
     if features == "cls_patch" and (tiles or extra != 1):
-        why = "features of tiles stand in a grid" if tiles else f"{type(tower).__name__} has no class token"
+        found = f"{type(tower).__name__} has {extra} tokens beside the patches, not a class token alone"
+        why = "features of tiles stand in a grid" if tiles else found
         raise ValueError(f"features 'cls_patch': {why}; use 'patch'")
     return (LlavaNextProcessor if tiles else LlavaProcessor).for_language_model(
         tokenizer,
