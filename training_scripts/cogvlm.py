@@ -25,7 +25,6 @@ from typing import Any, ClassVar
 
 from transformers import AutoTokenizer, set_seed
 
-from hf_vlp.data import load_task
 from hf_vlp.data.conversations import ConversationCollator
 from hf_vlp.models.cogvlm.configuration_cogvlm import CogVLMVisionConfig
 from hf_vlp.models.cogvlm.modeling_cogvlm import CogVLMForConditionalGeneration
@@ -160,7 +159,8 @@ def load_parts(arguments: ModelArguments, template: str) -> tuple[CogVLMForCondi
         unused = ("language_model", "vision_model", "downsample", "visual_expert_qkv_bias", *OF_A_NEW_ENCODER)
         say_unused(arguments, unused, "--model_name_or_path brings its own")
         model: Any = load_backbone(CogVLMForConditionalGeneration, arguments.model_name_or_path, dtype="float32")
-        tokenizer = CogVLMProcessor.from_pretrained(arguments.model_name_or_path).tokenizer
+        known = CogVLMProcessor.from_pretrained(arguments.model_name_or_path)
+        tokenizer, space = known.tokenizer, known.answer_space
     else:
         seen: Any = None
         if arguments.vision_model:
@@ -187,10 +187,10 @@ def load_parts(arguments: ModelArguments, template: str) -> tuple[CogVLMForCondi
             widths = [(one.text_config.hidden_size, one.projector_hidden_size) for one in (seen.config, model.config)]
             if widths[0] == widths[1]:
                 model.projector.load_state_dict(seen.projector.state_dict())
-        tokenizer = AutoTokenizer.from_pretrained(arguments.language_model)
+        tokenizer, space = AutoTokenizer.from_pretrained(arguments.language_model), None
     if arguments.image_size:
         model.resize_images(arguments.image_size)
-    processor = CogVLMProcessor.for_model(tokenizer, model.config, template=template)
+    processor = CogVLMProcessor.for_model(tokenizer, model.config, template=template, answer_space=space)
     model.config.image_token_id = processor.image_token_id
     return model, processor
 
@@ -218,9 +218,7 @@ def datasets_of(
     if stage == "stage1":
         return captions, evaluation, eval_rows
     prompts = {"locate": GROUNDING_PROMPTS["locate"], "describe": GROUNDING_PROMPTS["describe"]}
-    phrases = load_task("grounding", recipe.grounding_data, data.train_split)
-    if data.max_train_samples is not None:
-        phrases = phrases.select(range(min(data.max_train_samples, len(phrases))))
+    phrases = data.more_rows(recipe.grounding_data, "grounding", seed)
     grounding = GroundingConversations(
         phrases, write=format_boxes, share_described=recipe.describe_share, seed=seed, **prompts
     )

@@ -208,6 +208,7 @@ def new_visual_expert(options: Any) -> tuple[Any, Any]:
         dtype="float32",
     )
     model.vision_model.load_state_dict(seen.vision_model.state_dict())
-    processor = CogVLMProcessor.for_model(AutoTokenizer.from_pretrained(options.language), model.config)
+    tokenizer = AutoTokenizer.from_pretrained(options.language)
+    processor = CogVLMProcessor.for_model(tokenizer, model.config, answer_space=None)
     model.config.image_token_id = processor.image_token_id
     return model, processor

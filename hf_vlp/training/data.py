@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from hf_vlp.data import PairDataset, RecordLimits, TrainTransform
@@ -79,6 +79,12 @@ class DataArguments:
     def train_rows(self, seed: int = 0, task: str = "retrieval") -> Any:
         """Rows of the training split, of a task of `hf_vlp.data.tasks.load_task`."""
         return self._rows(self.train_data, self.train_split, seed, self.max_train_samples, self.streaming, task)
+
+    def more_rows(self, spec: str, task: str, seed: int = 0) -> Any:
+        """Rows of the training split of data beside `--train_data`, of which `--columns` and `--shapes_noise` say
+        nothing."""
+        alike = replace(self, columns=[], shapes_noise=0.0)
+        return alike._rows(spec, self.train_split, seed, self.max_train_samples, False, task)
 
     def eval_rows(self, seed: int = 0, task: str = "retrieval") -> Any | None:
         """Rows of the evaluation split; None with `--eval_split none`, and where the training data has no validation

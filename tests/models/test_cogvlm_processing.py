@@ -6,7 +6,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import PreTrainedTokenizerFast
 
+from hf_vlp.data import train_opt_tokenizer
 from hf_vlp.data.conversations import ConversationCollator, make_template, prompt_batch
 from hf_vlp.models.cogvlm.processing_cogvlm import (
     BoxError,
@@ -80,6 +85,34 @@ def test_last_turns_are_the_released_code_s(template: str) -> None:
     assert batch["labels"][0].tolist()[-2:] == row["labels"][-2:]
     prompt = make_template(f"cogvlm_{template}", processor).prompt(conversation("c?")["messages"])
     assert prompt.text == "<s><image>" + conversation_prompt("c?", template=template)
+
+
+def test_new_experts_answer_behind_a_space(tmp_path: Path) -> None:
+    """What a language model with byte-level BPE has read; the released code writes "Answer:red"."""
+    config = tiny.model(2).config
+    CogVLMProcessor.for_model(train_opt_tokenizer(["a red dot"] * 4, 280), config, answer_space=None).save_pretrained(
+        tmp_path
+    )
+    processor = CogVLMProcessor.from_pretrained(tmp_path)
+    assert processor.answer_space == " "
+    row = processor.conversation("what is it?", answer="a red dot")
+    words = processor.tokenizer
+    assert words.decode(row["input_ids"]).endswith("Question: what is it? Answer: a red dot</s>")
+    assert words.decode([one for one in row["labels"] if one != -100]) == " a red dot</s>"
+    batch = ConversationCollator(processor, template="cogvlm_chat")([conversation("what is it?", "a red dot")])
+    assert batch["input_ids"][0].tolist() == row["input_ids"]
+    assert batch["labels"][0].tolist() == row["labels"]
+    # There is no question in front of a caption.
+    caption = processor.training_inputs(None, ["a red dot"])["labels"][0]
+    assert words.decode(caption[caption != -100]) == "a red dot</s>"
+
+
+def test_no_space_where_the_tokenizer_makes_one() -> None:
+    words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581a": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = Metaspace(prepend_scheme="always")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    assert CogVLMProcessor.for_model(tokenizer, tiny.model(2).config, answer_space=None).answer_space == ""
+    assert CogVLMProcessor.for_model(tokenizer, tiny.model(2).config).answer_space == ""
 
 
 def test_prompts_of_a_batch() -> None:

@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import PreTrainedTokenizerFast
 
 from hf_vlp.data import InstructionCollator, InstructionDataset, InstructionSource
-from hf_vlp.data.conversations import make_template, prompt_batch, to_messages
+from hf_vlp.data.conversations import encode_conversation, make_template, prompt_batch, to_messages
 from hf_vlp.data.instructions import TASK_FAMILIES, instruct, instruction_record, square_root_probabilities
 from hf_vlp.data.records import BadRecord
 from hf_vlp.models.instructblip.conversion_instructblip import (
@@ -21,7 +26,7 @@ from hf_vlp.models.instructblip.conversion_instructblip import (
 from hf_vlp.models.instructblip.modeling_instructblip import InstructBlipForConditionalGeneration
 from hf_vlp.models.instructblip.processing_instructblip import InstructBlipProcessor, cut_left
 from tests.tiny import instructblip as tiny
-from tests.tiny.blip2 import QUERIES, images, pixels
+from tests.tiny.blip2 import QUERIES, bert_tokenizer, images, pixels
 
 HEADS = {"vision_heads": 2, "qformer_heads": 4}
 
@@ -33,7 +38,8 @@ def test_training_inputs_of_a_causal_language_model(kind: str) -> None:
     words, end = processor.tokenizer, processor.tokenizer.eos_token_id
     for row, (asked, answer) in enumerate(zip(tiny.INSTRUCTIONS, tiny.ANSWERS, strict=True)):
         expected = [processor.image_token_id] * QUERIES + words(asked)["input_ids"]
-        said = [*words(answer, add_special_tokens=False)["input_ids"], end]
+        # Tokens of words in the middle of a text, whatever the tokenizer makes of a text's first word.
+        said = [*words(f" {answer}", add_special_tokens=False)["input_ids"], end]
         length = len(expected) + len(said)
         assert made["input_ids"][row, :length].tolist() == expected + said
         assert made["attention_mask"][row].tolist() == [1] * length + [0] * (made["input_ids"].shape[1] - length)
@@ -124,6 +130,33 @@ def test_prompts_of_conversations_are_the_processors_own(kind: str) -> None:
         assert torch.equal(made["qformer_input_ids"][row][mask], own["qformer_input_ids"][0])
     with pytest.raises(ValueError, match="must not read the answers"):
         processor.complete_conversations({**made, "labels": made["input_ids"]})
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_answers_stand_behind_a_space(kind: str) -> None:
+    processor = tiny.processor(kind)
+    made = processor.training_inputs(None, ["a dot"], prompt="what is it?")
+    ids = made["input_ids"][0, QUERIES:]
+    assert processor.tokenizer.decode(ids, skip_special_tokens=True) == "what is it? a dot"
+    # The template writes the same.
+    messages = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a dot"}]
+    template = make_template("instructblip", processor)
+    rendered = encode_conversation(template.render(to_messages(messages)[0]), template, processor)
+    assert rendered.expanded([QUERIES])[0] == made["input_ids"][0].tolist()
+    assert rendered.expanded([QUERIES])[1] == made["labels"][0].tolist()
+
+
+def test_sentencepiece_makes_the_space_itself() -> None:
+    """Vicuna's tokenizer begins every text as if a space were there."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁a": 3, "▁dot": 4, "▁it": 5}
+    words = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    words.pre_tokenizer = Metaspace(prepend_scheme="always")
+    words.decoder = MetaspaceDecoder(prepend_scheme="always")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    processor = InstructBlipProcessor.for_language_model(tokenizer, bert_tokenizer(), QUERIES)
+    assert processor.answer_space == ""
+    made = processor.training_inputs(None, ["a dot"], prompt="it")
+    assert made["input_ids"][0, QUERIES:].tolist() == [5, 3, 4, 2]
 
 
 ROWS = {

@@ -1,7 +1,7 @@
 """The conversation formats of CogVLM: chat, short answers, and the text alone."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .messages import Message
 from .templates import RenderedConversation, Template, Writer, register_template
@@ -15,11 +15,23 @@ class _CogVLMTemplate(Template):
 
     # Differs from the original: it learns the last answer only; here the earlier ones are learned too, without the
     # line break behind them, since an answer is to end with the end token.
+
+    Args:
+        answer_space: what stands between a question and the last answer: the processor's.
+        options: as of `Template`.
     """
 
     words: ClassVar[str] = "Answer:"
     # The begin token is written, so that the text is whole.
     adds_bos = False
+
+    def __init__(self, *, answer_space: str = "", **options: Any) -> None:
+        super().__init__(**options)
+        self.answer_space = answer_space
+
+    @classmethod
+    def for_processor(cls, processor: Any, **options: Any) -> "_CogVLMTemplate":
+        return super().for_processor(processor, **{"answer_space": getattr(processor, "answer_space", ""), **options})
 
     def render(self, messages: Sequence[Message]) -> RenderedConversation:
         writer = Writer()
@@ -37,7 +49,7 @@ class _CogVLMTemplate(Template):
             if turn["role"] == "user":
                 writer.add("" if bare else f"Question: {text} {self.words}")
             elif last:
-                writer.cut().add(f"{text}{self.eos_token}", learned=True)
+                writer.cut().add(f"{'' if bare else self.answer_space}{text}{self.eos_token}", learned=True)
             else:
                 writer.add(f" {text}", learned=True).add("\n")
         return writer.done()

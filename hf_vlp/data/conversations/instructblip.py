@@ -25,15 +25,16 @@ class InstructBlipTemplate(Template):
 
     Args:
         encoder_decoder: the instruction ends with the end token, and answers go to a decoder of their own.
+        answer_space: what stands between an instruction and its answer.
         options: as of `Template`.
     """
 
     name = "instructblip"
     adds_bos = False
 
-    def __init__(self, *, encoder_decoder: bool = False, **options: Any) -> None:
+    def __init__(self, *, encoder_decoder: bool = False, answer_space: str = "", **options: Any) -> None:
         super().__init__(**options)
-        self.encoder_decoder = encoder_decoder
+        self.encoder_decoder, self.answer_space = encoder_decoder, answer_space
 
     @classmethod
     def for_processor(cls, processor: Any, **options: Any) -> "InstructBlipTemplate":
@@ -42,6 +43,7 @@ class InstructBlipTemplate(Template):
         begins = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
         settings = {
             "encoder_decoder": bool(getattr(processor, "is_encoder_decoder", False)),
+            "answer_space": getattr(processor, "answer_space", ""),
             "bos_token": tokenizer.bos_token if begins else "",
         }
         return super().for_processor(processor, **{**settings, **options})
@@ -50,7 +52,8 @@ class InstructBlipTemplate(Template):
         _, turns = self.turns(messages)
         places = [place for place, message in enumerate(turns) if message["role"] == "assistant"]
         writer = self._asked(turns[: places[-1]])
-        return writer.cut().add(text_of(turns[places[-1]]).strip() + self.eos_token, learned=True).done()
+        answer = text_of(turns[places[-1]]).strip() + self.eos_token
+        return writer.cut().add(self.answer_space + answer, learned=True).done()
 
     def prompt(self, messages: Sequence[Message]) -> RenderedConversation:
         return self._asked(self.turns(messages)[1]).done()

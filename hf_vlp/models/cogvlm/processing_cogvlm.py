@@ -185,6 +185,8 @@ class CogVLMProcessor(ProcessorMixin):
         image_token: stands for an image token.
         template: format of questions: `"chat"`, `"vqa"` or `"base"`.
         chat_template: for `apply_chat_template`; by default that of `template`, for `"base"` that of `"chat"`.
+        answer_space: what stands between a question and the answer that is learnt. Nothing, as in the released code;
+            what `for_model` finds for a language model that has not learnt to answer without it.
 
     Raises:
         ValueError: the tokenizer has no such token, or no end token.
@@ -200,6 +202,7 @@ class CogVLMProcessor(ProcessorMixin):
         image_token: str = "<image>",
         template: str = "chat",
         chat_template: str | None = None,
+        answer_space: str = "",
         **kwargs: Any,
     ) -> None:
         conversation_prompt("", template=template)
@@ -215,10 +218,13 @@ class CogVLMProcessor(ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
         self.template = template
+        self.answer_space = answer_space
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATES[template], **kwargs)
 
     @classmethod
-    def for_model(cls, tokenizer: Any, config: Any, **kwargs: Any) -> "CogVLMProcessor":
+    def for_model(
+        cls, tokenizer: Any, config: Any, *, answer_space: str | None = "", **kwargs: Any
+    ) -> "CogVLMProcessor":
         """The processor of a model; adds the image token to a tokenizer that has none.
 
         The new token's id may lie beyond the language model's vocabulary: it is never looked up there. Set the
@@ -227,8 +233,15 @@ class CogVLMProcessor(ProcessorMixin):
         Args:
             tokenizer: of the language model.
             config: the `CogVLMConfig`.
+            answer_space: of the constructor. None, for experts that are new in a language model: a space, unless the
+                tokenizer begins every text with the token of a word behind a space, as SentencePiece does. With
+                byte-level BPE (Llama 3) "Answer:red" is not what a language model has read, and, frozen, it will
+                not learn to say it.
             kwargs: of the constructor.
         """
+        if answer_space is None:
+            alone, behind = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "a a"))
+            answer_space = "" if behind == alone + alone else " "
         token = kwargs.get("image_token", "<image>")
         if token not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
@@ -237,7 +250,7 @@ class CogVLMProcessor(ProcessorMixin):
         tokenizer.padding_side = "left"
         size = config.vision_config.image_size
         images = BlipImageProcessorPil(size={"height": size, "width": size})
-        return cls(images, tokenizer, num_image_tokens=config.num_image_tokens, **kwargs)
+        return cls(images, tokenizer, num_image_tokens=config.num_image_tokens, answer_space=answer_space, **kwargs)
 
     @property
     def image_token_id(self) -> int:
@@ -342,7 +355,8 @@ class CogVLMProcessor(ProcessorMixin):
         ids = self._pieces((self.image_token if image else "") + prompt)
         reply = []
         if answer is not None:
-            reply = [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+            said = (self.answer_space if prompt else "") + answer
+            reply = [*self.tokenizer(said, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
         row = {
             "input_ids": ids + reply,
             "token_type_ids": [int(one == self.image_token_id) for one in ids] + [0] * len(reply),

@@ -52,6 +52,20 @@ class InstructBlipProcessor(LanguageModelTokensMixin, transformers.InstructBlipP
         # LAVIS ends every answer with </s>, also where the tokenizer begins texts with it.
         self.stop_token = stop_token or tokenizer.eos_token
 
+    @property
+    def answer_space(self) -> str:
+        """What stands between an instruction and its answer in one text: a space or nothing.
+
+        Differs from LAVIS, which has nothing: SentencePiece (Vicuna) begins an answer with the token of a word behind
+        a space by itself, but with byte-level BPE (OPT, GPT-2, Qwen, Llama 3) "what is it?" and "a cat" would become
+        "what is it?a cat", which no language model has read.
+        """
+        if self.is_encoder_decoder:
+            return ""
+        alone = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        behind = self.tokenizer("a a", add_special_tokens=False)["input_ids"]
+        return "" if behind == alone + alone else " "
+
     @classmethod
     def for_language_model(
         cls,
@@ -189,7 +203,8 @@ class InstructBlipProcessor(LanguageModelTokensMixin, transformers.InstructBlipP
         self, instructions: list[list[int]], texts: list[str], max_length: int | None, image: list[int]
     ) -> dict[str, torch.Tensor]:
         start = len(self._ends()[0])
-        whole = [[*self.tokenizer(text)["input_ids"], self.stop_token_id] for text in texts]
+        space = self.answer_space
+        whole = [[*self.tokenizer(space + text)["input_ids"], self.stop_token_id] for text in texts]
         long = sum(max_length is not None and len(ids) > max_length for ids in whole)
         if long:
             logger.warning_once(
