@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_vlp.data.conversations import load_conversations
+from hf_vlp.data import decode_image
+from hf_vlp.data.conversations import load_conversations, make_template, prompt_batch
+from hf_vlp.data.conversations.prompts import answer_text
 from hf_vlp.evaluation.instructions import evaluate_instructions, own_template
 from hf_vlp.evaluation.run import TASKS, task_options
 from tests.data.conversations import TinyProcessor, record
@@ -114,6 +116,30 @@ def test_broken_pictures_are_left_out_or_stop():
 def test_the_task_is_known():
     assert TASKS["instructions"].role == "chat"
     assert {"template", "history", "max_new_tokens"} <= set(task_options("instructions"))
+
+
+@pytest.mark.parametrize("kind", ["llava", "cogvlm", "qwen_vl", "instructblip"])
+def test_answers_are_what_a_model_says_behind_the_prompt(kind: str) -> None:
+    from tests.tiny import cogvlm, instructblip, llava, qwen_vl
+    from tests.training.cogvlm_runs import tiny_processor
+
+    if kind == "llava":
+        model, processor = llava.llava()
+    elif kind == "cogvlm":
+        model = cogvlm.model(2)
+        processor = tiny_processor(model)
+    else:
+        tiny = {"qwen_vl": qwen_vl, "instructblip": instructblip}[kind]
+        model, processor = tiny.model(), tiny.processor()
+    rows = load_conversations("shapes:row", "test", size=3, max_turns=1)
+    result = evaluate_instructions(model, processor, rows, max_new_tokens=4, show_progress=False, details=True)
+    template = make_template(own_template(model, processor), processor)
+    for row, answer in zip(rows, result["details"], strict=True):
+        batch = prompt_batch(processor, template, [([decode_image(row["images"][0])], row["messages"][:1])])
+        with torch.no_grad():
+            ids = model.eval().generate(**batch, max_new_tokens=4, do_sample=False)
+        assert torch.equal(ids[:, : batch["input_ids"].shape[1]], batch["input_ids"])
+        assert answer["answer"] == answer_text(processor, template, ids[0, batch["input_ids"].shape[1] :])
 
 
 def test_a_model_is_asked_in_its_own_template() -> None:

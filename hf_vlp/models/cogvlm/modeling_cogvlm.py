@@ -479,33 +479,37 @@ class CogVLMForConditionalGeneration(CogVLMPreTrainedModel, GenerationMixin):
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """As in transformers, from `input_ids` with image tokens and `pixel_values` (or `image_embeds`).
 
-        Prompts of several lengths are padded on the left. In what comes back, image tokens beyond the vocabulary are
-        padding tokens.
+        Prompts of several lengths are padded on the left. What comes back begins with the prompt as it was given.
         """
         ids = kwargs.pop("input_ids", inputs) if inputs is None else inputs
+        given = ids
         images = kwargs.get("pixel_values") is not None or kwargs.get("image_embeds") is not None
         if ids is not None and images:
             kwargs["token_type_ids"] = self.token_types(ids, kwargs.get("token_type_ids"))
-            # Logits processors look up the prompt's ids among the logits.
-            beyond = ids >= self.config.text_config.vocab_size
             if kwargs.get("pixel_values") is not None:
                 # Once an image, however many beams will read it.
                 with torch.no_grad():
                     kwargs["image_embeds"] = self.encode_images(kwargs.pop("pixel_values"))
             found = int((kwargs["token_type_ids"] == 1).sum())
-            given = len(kwargs["image_embeds"])
-            if found != given * self.config.num_image_tokens:
+            count = len(kwargs["image_embeds"])
+            if found != count * self.config.num_image_tokens:
                 raise ImageTokenError(
-                    f"the prompts have {found} image tokens, but {given} images came, which take "
+                    f"the prompts have {found} image tokens, but {count} images came, which take "
                     f"{self.config.num_image_tokens} each"
                 )
-            ids = ids.masked_fill(beyond & (kwargs["token_type_ids"] == 1), self._pad_token_id or 0)
+            # Image tokens may lie beyond the vocabulary, and logits processors look up the prompt among the logits.
+            beyond = (ids >= self.config.text_config.vocab_size) & (kwargs["token_type_ids"] == 1)
+            ids = ids.masked_fill(beyond, self._pad_token_id or 0)
         elif ids is not None:
             self._refuse_lonely_tokens(ids, kwargs.pop("token_type_ids", None))
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all()):
             raise ValueError("generate continues each row at its end: pad prompts on the left (padding_side='left')")
-        return super().generate(ids, **kwargs)
+        made = super().generate(ids, **kwargs)
+        if given is not ids:
+            sequences = made if isinstance(made, Tensor) else made.sequences
+            sequences[:, : given.shape[1]] = given.repeat_interleave(len(sequences) // len(given), dim=0)
+        return made
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any
