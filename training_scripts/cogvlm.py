@@ -175,6 +175,7 @@ def load_parts(arguments: ModelArguments, template: str) -> tuple[CogVLMForCondi
                 num_attention_heads=arguments.vision_heads,
                 patch_size=arguments.patch_size,
                 image_size=arguments.image_size or 224,
+                initializer_range=max(0.02, arguments.vision_hidden_size**-0.5),  # 0.02 is too little if narrow.
             )
         model = CogVLMForConditionalGeneration.from_language_pretrained(
             arguments.language_model,
