@@ -1,8 +1,12 @@
-r"""Trains a small causal language model (OPT) on the texts of image-text pairs, for stage 2 where none is at hand.
+r"""Trains a small causal language model on the texts of image-text pairs, where none is at hand.
 
 On the built-in Shapes, on two CPU cores, in a few minutes:
     python training_scripts/language_model.py --config training_scripts/language_model_cpu.yaml \
         --output_dir outputs/opt
+One for LLaVA, InstructBLIP and CogVLM, which reads of scenes in words and answers questions about them, in about half
+an hour:
+    python training_scripts/language_model.py --config training_scripts/language_model_told_cpu.yaml \
+        --output_dir outputs/lm
 
 BLIP-2 takes a language model that was trained on text at large; this one knows nothing but the captions' language. The
 loss starts at ln of the vocabulary and ends near the entropy of the captions.
@@ -11,6 +15,7 @@ loss starts at ln of the vocabulary and ends near the entropy of the captions.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,6 +32,10 @@ from hf_vlp.training import DataArguments, VLPTrainer, VLPTrainingArguments, par
 from hf_vlp.training.arguments import option, run_settings
 from hf_vlp.training.data import main_process_first, texts_of_rows
 from hf_vlp.training.text import BREAK, TextCollator, TextDataset, text_lines
+from hf_vlp.training.told import told_texts
+
+# Of the scenes that are told: others than those of the pictures.
+TOLD_SEED = 1000
 
 
 @dataclass
@@ -41,6 +50,9 @@ class ModelArguments:
         "Text to train on in place of the pairs' texts: one a line, or JSON lines with a `text` (.jsonl); a tab where "
         "it begins anew.",
     )
+    told_scenes: int | None = option(
+        None, "Train on as many scenes of Shapes told in words, with questions and answers, in place of pairs' texts."
+    )
     model_type: str = option("opt", "Kind of model, from scratch; CogVLM needs a llama.", choices=["opt", "llama"])
     hidden_size: int = option(128, "Width, from scratch.")
     num_hidden_layers: int = option(4, "Layers, from scratch.")
@@ -54,6 +66,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     data, model_args, args = parse_arguments(
         (DataArguments, ModelArguments, VLPTrainingArguments), argv, description=__doc__
     )
+    if model_args.text_file and model_args.told_scenes:
+        raise SystemExit("language_model.py: --text_file and --told_scenes are two texts; give one of them")
     # There is no image that a loss could miss.
     args.sanity = False
     set_seed(args.seed)
@@ -62,6 +76,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with main_process_first(args):
         if model_args.text_file:
             rows, eval_rows = text_lines(model_args.text_file), None
+        elif model_args.told_scenes:
+            texts = told_texts(model_args.told_scenes, data.shapes_preset, TOLD_SEED)
+            rows, eval_rows = Dataset.from_dict({"text": list(texts)}), None
         else:
             rows, eval_rows = data.train_rows(), data.eval_rows()
 

@@ -3,7 +3,7 @@ exact answers about scenes that no part has seen."""
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,81 +26,14 @@ TEXT_SCENES = 24_000
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def told_conversations(count: int, seed: int, turns: int = 6) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Scenes in words, and conversations about pictures of them: text for a language model that is to be shown
-    pictures later. One that has read questions and answers alone has learned to guess, and nothing in front of them
-    can tell it what to say while it is frozen. Many questions about a scene teach it fastest to look things up."""
-    from hf_vlp.data import ShapesConfig, ShapesWorld
-    from hf_vlp.data.conversations import load_conversations
-    from hf_vlp.data.shapes.instructions import KINDS
-
-    world = ShapesWorld(ShapesConfig.preset(WORLD["preset"]), "train", seed)
-    options = {"seed": seed, "short": True, "min_turns": turns, "max_turns": turns}
-    # Short answers are asked for where no description is, so every other conversation has none.
-    brief = [kind for kind in KINDS if kind != "description"]
-    both = [
-        load_conversations(f"shapes:{WORLD['preset']}", "train", size=count, kinds=kinds, **options)
-        for kinds in (KINDS, brief)
-    ]
-    for index in range(count):
-        yield world.captions(index, world.scene(index))[0], both[index % 2][index]["messages"]
-
-
-def in_words(messages: Sequence[Mapping[str, Any]], said: str) -> list[dict[str, Any]]:
-    """A conversation with words in place of its picture."""
-    words = {"type": "text", "text": said}
-    return [
-        {**turn, "content": [words if one["type"] == "image" else one for one in turn["content"]]} for turn in messages
-    ]
-
-
-def pieces_of(messages: Sequence[Any], number: int) -> list[list[tuple[str, str]]]:
-    """Questions and answers in turns of one, and now and then of more, behind one another: most answers end a text."""
-    from hf_vlp.data.conversations.messages import text_of
-
-    said = [" ".join(text_of(message).split()) for message in messages]
-    turns = list(zip(said[::2], said[1::2], strict=True))
-    sizes = (1, 1, 1, 3) if number % 3 == 0 else (1, 1, 1, 1, 2)
-    pieces = []
-    for size in sizes:
-        pieces.append(turns[:size])
-        turns = turns[size:]
-    return [piece for piece in pieces if piece]
-
-
-def texts(count: int, seed: int) -> Iterator[str]:
-    """What the language model reads: scenes told in words, and questions and answers about them, written as each
-    recipe will write them about pictures; and every third scene told and told again.
-
-    A tab is a begin token, which is the end token too in this tokenizer. LLaVA: Vicuna's format, the scene in place of
-    the picture; the system's words, the longest part and always the same, in every fourth only. InstructBLIP: the
-    scene, then instructions behind a begin token, where text stands that has the queries in front of it; what was said
-    before is part of the instruction. CogVLM: the scene in front of everything.
-    """
-    from hf_vlp.data.conversations.templates import VicunaTemplate
-    from hf_vlp.training.text import BREAK
-
-    vicuna = [VicunaTemplate(eos_token=BREAK, image_token="", system=words) for words in (None, "", "", "")]
-    for number, (said, messages) in enumerate(told_conversations(count, seed)):
-        pieces = pieces_of(messages, number // 3)
-        if number % 3 == 0:
-            yield vicuna[number // 3 % 4].render(in_words(messages, said)).text
-            yield f"{said}{BREAK}{said}"
-        elif number % 3 == 1:
-            asked = (". ".join(f"{question} {answer}" for question, answer in piece) for piece in pieces)
-            yield BREAK.join([said, *asked])
-        else:
-            asked = (
-                "\n".join(f"Question: {question} Answer: {answer}" for question, answer in piece) for piece in pieces
-            )
-            yield f"{said} {BREAK.join(asked)}"
-
-
 def language_model(given: argparse.Namespace) -> Path:
     """Folder of the language model, which all recipes and seeds share, as recipes share a Vicuna."""
+    from hf_vlp.training.told import told_texts
+
     path = given.output_dir / "text" / f"told_{TEXT_SCENES}.jsonl"
     if not path.is_file():
-        write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts(TEXT_SCENES, 1000)))
+        texts = told_texts(TEXT_SCENES, WORLD["preset"], 1000)
+        write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
     return run("language_model", "language model", LANGUAGE, 0, given, text_file=str(path)) / "model"
 
 

@@ -15,7 +15,9 @@ import torch
 import yaml
 from PIL import Image
 from transformers import (
+    AutoModelForCausalLM,
     AutoProcessor,
+    AutoTokenizer,
     Blip2ForConditionalGeneration,
     Blip2ForImageTextRetrieval,
     CLIPModel,
@@ -67,6 +69,17 @@ def test_each_stage_is_evaluated_on_its_task(chain):
     assert {"eval_loss", "eval_cider"} <= set(metrics["blip2_stage2"])
     assert "eval_loss" in metrics["language_model"]
     assert all(np.isfinite(value) for found in metrics.values() for value in found.values())
+
+
+def test_a_language_model_reads_of_scenes(tmp_path):
+    options = ["--told_scenes", "9", "--shapes_preset", "row", "--model_type", "llama", "--hidden_size", "32"]
+    options += ["--num_hidden_layers", "1", "--vocab_size", "300", "--max_position_embeddings", "512"]
+    metrics = script("language_model").main([*COMMON, *options, "--output_dir", str(tmp_path)])
+    assert not any(name.startswith("eval_") for name in metrics)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.config.model_type == "llama"
+    words = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert words.decode(words("USER: what color is the ring?").input_ids[1:]) == "USER: what color is the ring?"
 
 
 def test_what_the_stages_export_is_native(chain):
@@ -280,6 +293,7 @@ def test_launcher_configs_are_read_by_accelerate(path):
         ("clip", ["--text_model", "somewhere"], "--vision_model is missing"),
         ("blip2_stage1", [], "--vision_model is missing"),
         ("blip2_stage2", ["--stage1", "somewhere"], "--stage1 and --language_model are missing"),
+        ("language_model", ["--text_file", "a.txt", "--told_scenes", "3"], "--text_file and --told_scenes are two"),
         ("evaluate", [], "--model is missing"),
         ("evaluate", ["--model", "m", "--options", "beams"], "NAME=VALUE"),
     ],
