@@ -49,8 +49,9 @@ ALBEF = {
     "warmup_steps": 100,
 }
 # What does not decide the result.
-_RUNNING = {
+RUNNING = {
     "eval_split": "none",
+    "max_eval_samples": 1000,
     "sanity": "false",
     "save_steps": 250,
     "save_total_limit": 1,
@@ -115,7 +116,7 @@ def trained(arm: Arm, seed: int, folder: Path, changes: Mapping[str, Any]) -> Pa
         run.mkdir(parents=True, exist_ok=True)
         (run / "run.json").write_text(described + "\n")
         started = time.process_time()
-        argv = command_line(settings | _RUNNING | {"output_dir": run})
+        argv = command_line(settings | RUNNING | {"output_dir": run})
         training_script(arm.script).main(argv)
         for checkpoint in run.glob("checkpoint-*"):
             # The model is exported; what is left of the checkpoints only takes room.

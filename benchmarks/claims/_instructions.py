@@ -7,34 +7,40 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _claims import SCENES, WORLD, Arm, Results, arguments, changes_of, measured, report, trained, write_text
+import yaml
+from _claims import RUNNING, WORLD, Arm, Results, arguments, changes_of, measured, report, trained, write_text
+
+from hf_vlp.resources import resource_folder
 
 TEST_CONVERSATIONS = 300
-# For clip.py; the type of model is the recipe's.
-TOWER: dict[str, Any] = {
-    **SCENES, "size": "nano", "image_size": 40, "patch_size": 8, "vocab_size": 600, "shapes_size": 16000,
-    "per_device_train_batch_size": 96, "max_steps": 700, "learning_rate": 2e-3, "weight_decay": 0.05,
-    "warmup_steps": 70,
-}  # fmt: skip
-# For language_model.py. Of Llama's kind, as Vicuna is: its end token ends an answer.
-LANGUAGE: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "max_position_embeddings": 512, "vocab_size": 600, "per_device_train_batch_size": 64, "max_steps": 2500,
-    "learning_rate": 1e-3, "warmup_steps": 60, "max_length": 160,
-}  # fmt: skip
-TEXT_SCENES = 24_000
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Settings of `training_scripts/<name>.yaml` that decide a run's result."""
+    path = resource_folder("training_scripts") / f"{name}.yaml"
+    return {
+        option: str(value).lower() if isinstance(value, bool) else value
+        for option, value in yaml.safe_load(path.read_text(encoding="utf-8")).items()
+        if option not in RUNNING
+    }
+
+
+TOWER = preset("clip_row_cpu")
 
 
 def language_model(given: argparse.Namespace) -> Path:
     """Folder of the language model, which all recipes and seeds share, as recipes share a Vicuna."""
     from hf_vlp.training.told import told_texts
 
-    path = given.output_dir / "text" / f"told_{TEXT_SCENES}.jsonl"
+    settings = preset("language_model_told_cpu")
+    count, scenes = settings.pop("told_scenes"), settings.pop("shapes_preset")
+    # Written out, to be read.
+    path = given.output_dir / "text" / f"told_{count}.jsonl"
     if not path.is_file():
-        texts = told_texts(TEXT_SCENES, WORLD["preset"], 1000)
+        texts = told_texts(count, scenes, 1000)
         write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return run("language_model", "language model", LANGUAGE, 0, given, text_file=str(path)) / "model"
+    return run("language_model", "language model", settings, 0, given, text_file=str(path)) / "model"
 
 
 def run(

@@ -15,23 +15,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from _claims import SCENES
-from _instructions import LINEAR_LAYERS, compare_answers, exact_answers, language_model, run
+from _instructions import LINEAR_LAYERS, compare_answers, exact_answers, language_model, preset, run
 
-STAGE1_STEPS, SFT_STEPS = 2000, 1500
-SIZES: dict[str, Any] = {
-    "image_size": 40, "patch_size": 8, "vision_hidden_size": 128, "vision_layers": 4, "vision_heads": 4,
-    "vision_intermediate_size": 256,
-}  # fmt: skip
-STAGE1: dict[str, Any] = {
-    **SCENES, "stage": "stage1", "train_vision": "true", "shapes_size": 16000, "per_device_train_batch_size": 32,
-    "max_steps": STAGE1_STEPS, "learning_rate": 1e-3, "warmup_steps": 40, "lr_scheduler_type": "cosine",
-}  # fmt: skip
-SFT: dict[str, Any] = {
-    **SCENES, "stage": "sft", "shapes_short": "true", "shapes_size": 16000, "per_device_train_batch_size": 32,
-    "max_steps": SFT_STEPS, "learning_rate": 1e-3, "warmup_steps": 60, "lr_scheduler_type": "cosine",
-    "max_grad_norm": 1.0, "group_by_length": "true",
-}  # fmt: skip
+STAGE1, SFT = preset("cogvlm_cpu"), preset("cogvlm_sft_cpu")
 LORA: dict[str, Any] = {
     "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0.0, "learning_rate": 3e-3,
     "lora_targets": LINEAR_LAYERS,
@@ -42,10 +28,11 @@ ARMS: dict[str, dict[str, Any]] = {"two-stage": {}, "sft alone": {"alone": True}
 def trained_arm(name: str, seed: int, given: argparse.Namespace) -> Path:
     """The last run of an arm, with all that it starts from."""
     arm = ARMS[name]
-    parts = {**SIZES, "language_model": str(language_model(given))}
+    parts = {"language_model": str(language_model(given))}
     sft = {**SFT, **arm.get("sft", {})}
     if arm.get("alone"):
-        sft["max_steps"] = STAGE1_STEPS + SFT_STEPS
+        # With the sizes of a new encoder.
+        sft = {**STAGE1, **sft, "max_steps": STAGE1["max_steps"] + SFT["max_steps"]}
         return run("cogvlm", name, sft, seed, given, **parts)
     first = run("cogvlm", "stage 1", STAGE1, seed, given, **parts)
     return run("cogvlm", name, sft, seed, given, model_name_or_path=str(first / "model"))

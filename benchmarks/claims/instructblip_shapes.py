@@ -16,28 +16,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from _claims import SCENES
 from _instructions import (
     LINEAR_LAYERS,
     TOWER,
     compare_answers,
     exact_answers,
     language_model,
+    preset,
     run,
 )
 
-STAGE1_STEPS, INSTRUCT_STEPS = 1000, 2000
-# A middle layer of the tower and a shallow Q-Former, as in the demo.
-STAGE1: dict[str, Any] = {
-    **SCENES, "drop_last_layers": 2, "qformer_size": "nano", "qformer_layers": 2, "num_query_tokens": 8,
-    "cross_attention_frequency": 1, "qformer_dropout": 0, "shapes_size": 16000, "per_device_train_batch_size": 64,
-    "max_steps": STAGE1_STEPS, "learning_rate": 1e-3, "warmup_steps": 60,
-}  # fmt: skip
-INSTRUCT: dict[str, Any] = {
-    **SCENES, "shapes_short": "true", "shapes_size": 16000, "per_device_train_batch_size": 32,
-    "max_steps": INSTRUCT_STEPS, "learning_rate": 1.5e-3, "warmup_steps": 60, "lr_scheduler_type": "cosine",
-    "max_grad_norm": 1.0,
-}  # fmt: skip
+STAGE1, INSTRUCT = preset("blip2_stage1_row_cpu"), preset("instructblip_cpu")
 LORA: dict[str, Any] = {
     "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0.0,
     "lora_targets": LINEAR_LAYERS,
@@ -45,7 +34,7 @@ LORA: dict[str, Any] = {
 ARMS: dict[str, dict[str, Any]] = {
     "instruct": {},
     "lora": {"instruct": LORA},
-    "no stage 1": {"stage1": {"max_steps": 1}, "instruct": {"max_steps": STAGE1_STEPS + INSTRUCT_STEPS}},
+    "no stage 1": {"stage1": {"max_steps": 1}, "instruct": {"max_steps": STAGE1["max_steps"] + INSTRUCT["max_steps"]}},
 }
 
 

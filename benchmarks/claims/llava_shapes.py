@@ -16,26 +16,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from _claims import SCENES
 from _instructions import (
     LINEAR_LAYERS,
     TOWER,
     compare_answers,
     exact_answers,
     language_model,
+    preset,
     run,
 )
 
-STAGE1_STEPS, STAGE2_STEPS = 600, 1500
-STAGE1: dict[str, Any] = {
-    **SCENES, "shapes_size": 16000, "per_device_train_batch_size": 32, "max_steps": STAGE1_STEPS,
-    "learning_rate": 2e-3, "warmup_steps": 20, "lr_scheduler_type": "cosine",
-}  # fmt: skip
-STAGE2: dict[str, Any] = {
-    **SCENES, "shapes_short": "true", "shapes_size": 16000, "per_device_train_batch_size": 32,
-    "max_steps": STAGE2_STEPS, "learning_rate": 1e-3, "warmup_steps": 60, "lr_scheduler_type": "cosine",
-    "max_grad_norm": 1.0, "group_by_length": "true",
-}  # fmt: skip
+STAGE1, STAGE2 = preset("llava_stage1_cpu"), preset("llava_stage2_cpu")
 LORA: dict[str, Any] = {
     "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0.0, "learning_rate": 3e-3,
     "lora_targets": LINEAR_LAYERS,
@@ -69,7 +60,7 @@ def trained_arm(name: str, seed: int, given: argparse.Namespace) -> Path:
         options = [f"--{key}={value}" for key, value in (("vision", clip / "model"), ("language", lm))]
         if command(["new", *options, "--connector=mlp", f"--out={start}", f"--seed={seed}"]):
             raise SystemExit("hf-vlp new failed")
-    stage2["max_steps"] = STAGE1_STEPS + STAGE2_STEPS
+    stage2["max_steps"] = STAGE1["max_steps"] + STAGE2["max_steps"]
     return run("llava_stage2", name, stage2, seed, given, model_name_or_path=str(start))
 
 
