@@ -4,7 +4,7 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
-from hf_vlp.data import PairDataset, PairIterableDataset
+from hf_vlp.data import PairDataset, PairIterableDataset, decode_image
 from hf_vlp.data.splits import NoSplitError
 from hf_vlp.training import DataArguments
 from hf_vlp.training.data import pair_dataset, texts_of_rows
@@ -25,6 +25,17 @@ def test_fewer_rows_on_request():
     assert len(DataArguments(shapes_size=9, max_train_samples=4).train_rows()) == 4
     stream = DataArguments(shapes_size=9, max_train_samples=4, streaming=True).train_rows()
     assert len(list(stream)) == 4
+
+
+def test_rows_beside_the_training_data_keep_its_limits_but_not_its_columns():
+    data = DataArguments(
+        train_data="elsewhere", columns=["text=words"], shapes_preset="row", shapes_size=9, shapes_noise=0.4,
+        max_train_samples=4,
+    )  # fmt: skip
+    rows = data.more_rows("shapes", "grounding")
+    assert len(rows) == 4 and "box" in rows.column_names
+    # Scenes of the preset: 40 pixels.
+    assert decode_image(rows[0]["image"]).size == (40, 40)
 
 
 def test_data_without_a_validation_split_trains_without_evaluation(tmp_path, capsys):
