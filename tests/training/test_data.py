@@ -33,7 +33,7 @@ def test_rows_beside_the_training_data_keep_its_limits_but_not_its_columns():
         max_train_samples=4,
     )  # fmt: skip
     rows = data.more_rows("shapes", "grounding")
-    assert len(rows) == 4 and "box" in rows.column_names
+    assert len(rows) == 4 and "boxes" in rows.column_names
     # Scenes of the preset: 40 pixels.
     assert decode_image(rows[0]["image"]).size == (40, 40)
 
