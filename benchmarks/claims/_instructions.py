@@ -35,7 +35,7 @@ def language_model(given: argparse.Namespace) -> Path:
 
     settings = preset("language_model_told_cpu")
     count, scenes = settings.pop("told_scenes"), settings.pop("shapes_preset")
-    # Written out, to be read.
+    # In a file, where it can be looked at.
     path = given.output_dir / "text" / f"told_{count}.jsonl"
     if not path.is_file():
         texts = told_texts(count, scenes, 1000)
