@@ -47,6 +47,7 @@ class ModelArguments:
     stage1: str | None = option(None, "BLIP-2 stage-1 folder or Hub id to start from.")
     language_model: str | None = option(None, "Folder or Hub id of a causal or encoder-decoder language model.")
     sources: list[str] = option(list, "Data sets of the mixture, each FAMILY=DATA or FAMILY=DATA@WEIGHT.")
+    group_by_length: bool = option(False, "Batches of instructions of like length: less padding.")
     max_prompt_length: int | None = option(128, "Most tokens of an instruction; longer ones lose their beginning.")
 
 
@@ -99,7 +100,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # 3. Dataset and collator
     train = InstructionDataset(
-        sources, seed=args.seed, transform=data.transform(model.config.vision_config.image_size)
+        sources,
+        seed=args.seed,
+        transform=data.transform(model.config.vision_config.image_size),
+        group_by_length=model_args.group_by_length,
     )
     for source, share in zip(train.sources, train.probabilities, strict=True):
         say(f"  {source.name or source.family}: {len(source.rows):,} rows, drawn with probability {share:.3f}")

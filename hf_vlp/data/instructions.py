@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from .collators import Record, RecordCollator
 from .conversations.instructblip import as_instruction
+from .conversations.lengths import length_grouped_order
 from .conversations.messages import MessagesError, text_of, to_messages
 from .hashing import record_seed, stable_hash
 from .images import decode_image
@@ -207,6 +208,8 @@ class InstructionDataset(Dataset):
         length: records of an epoch; by default the sizes of the sources together.
         seed: of all draws.
         transform: augmentation `(PIL image, seed) -> PIL image`.
+        group_by_length: batches hold instructions of like length, so that less of them is padding. Each epoch begins
+            with a look at the texts of all its records.
     """
 
     def __init__(
@@ -216,6 +219,7 @@ class InstructionDataset(Dataset):
         length: int | None = None,
         seed: int = 0,
         transform: ImageTransform | None = None,
+        group_by_length: bool = False,
     ) -> None:
         if not sources:
             raise ValueError("a mixture needs at least one source")
@@ -223,6 +227,7 @@ class InstructionDataset(Dataset):
         sizes = [len(source.rows) for source in self.sources]
         self.probabilities = square_root_probabilities(sizes, [source.weight for source in self.sources])
         self.length = length or sum(sizes)
+        self._texts = [_without_images(source.rows) for source in self.sources] if group_by_length else None
         # In shared memory, so that `set_epoch` in the main process reaches workers that live on between epochs.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._drawn: tuple[int, np.ndarray, np.ndarray] | None = None
@@ -250,6 +255,22 @@ class InstructionDataset(Dataset):
             self._drawn = (epoch, chosen, rows)
         return self._drawn[1], self._drawn[2]
 
+    def epoch_order(self, epoch: int, global_batch_size: int, world_size: int) -> torch.Tensor | None:
+        """The order in which an epoch reads the records; None leaves it to the loader. See
+        `length_grouped_order`."""
+        if self._texts is None:
+            return None
+        lengths = []
+        for index, (number, row) in enumerate(zip(*self.plan(epoch), strict=True)):
+            record = instruction_record(
+                self._texts[number][int(row)], self.sources[number].family, record_seed(self.seed, epoch, index)
+            )
+            said = f"{record.get('instruction', '')} {record.get('answer', '')}"
+            # Of a record that cannot be used, nothing will be read.
+            lengths.append(max(1, len(said.split())))
+        order = length_grouped_order(lengths, global_batch_size, seed=self.seed, epoch=epoch, world_size=world_size)
+        return torch.from_numpy(order)
+
     def _order(self, number: int, size: int, epoch: int, count: int) -> np.ndarray:
         rounds = [
             np.random.default_rng(stable_hash("rows", self.seed, epoch, number, i)).permutation(size)
@@ -272,6 +293,13 @@ class InstructionDataset(Dataset):
             source=source.name or source.family,
             transform=self.transform,
         )
+
+
+def _without_images(rows: Any) -> Any:
+    """Rows of which an image is not read only to look at the text."""
+    if not hasattr(rows, "select_columns"):
+        return rows
+    return rows.select_columns([name for name in rows.column_names if name not in ("image", "images")])
 
 
 def instruction_record(

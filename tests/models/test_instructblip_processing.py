@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerFast
 
 from hf_vlp.data import InstructionCollator, InstructionDataset, InstructionSource
-from hf_vlp.data.conversations import encode_conversation, make_template, prompt_batch, to_messages
+from hf_vlp.data.conversations import encode_conversation, load_conversations, make_template, prompt_batch, to_messages
 from hf_vlp.data.instructions import TASK_FAMILIES, instruct, instruction_record, square_root_probabilities
 from hf_vlp.data.records import BadRecord
 from hf_vlp.models.instructblip.conversion_instructblip import (
@@ -226,6 +226,35 @@ def test_sources_are_drawn_by_the_square_roots_of_their_sizes() -> None:
         InstructionSource("poems", [1])
     with pytest.raises(ValueError, match="is empty"):
         InstructionSource("vqa", [])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_batches_of_like_length(world_size: int) -> None:
+    rows = load_conversations("shapes:row", "train", size=96, short=True)
+    sources = [
+        InstructionSource("conversation", rows),
+        # No answer: nothing of it will be read.
+        InstructionSource("vqa", [{**QUESTION, "answers": [], "key": f"q{i}"} for i in range(20)]),
+    ]
+    plain, grouped = (InstructionDataset(sources, seed=3, group_by_length=grouped) for grouped in (False, True))
+    assert plain.epoch_order(0, 8, world_size) is None
+
+    def padded(order: list[int]) -> int:
+        records = [grouped[index] for index in order]
+        lengths = [len(f"{one.get('instruction', '')} {one.get('answer', '')}".split()) for one in records]
+        return sum(8 * max(lengths[start : start + 8]) for start in range(0, len(lengths) // 8 * 8, 8))
+
+    for epoch in (0, 1):
+        grouped.set_epoch(epoch)
+        order = grouped.epoch_order(epoch, 8, world_size).tolist()
+        assert sorted(order) == list(range(len(grouped)))
+        assert padded(order) < 0.8 * padded(list(range(len(grouped))))
+        # The members of a batch depend on neither the number of processes nor on what was read before.
+        alone = InstructionDataset(sources, seed=3, group_by_length=True).epoch_order(epoch, 8, 1).tolist()
+        assert [sorted(order[i : i + 8]) for i in range(0, 112, 8)] == [
+            sorted(alone[i : i + 8]) for i in range(0, 112, 8)
+        ]
+    assert grouped.epoch_order(0, 8, world_size).tolist() != order
 
 
 def test_collator_counts_what_it_cannot_use() -> None:
