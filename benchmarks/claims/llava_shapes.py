@@ -8,8 +8,8 @@ Shapes. Measured is the share of exact answers (colour, shape, count, relation; 
 split. The language model is trained once, the other parts once a seed, shared by the arms; a run that was stopped goes
 on from its checkpoint.
 
-Arms: `two-stage`; `stage 2 alone` with as many steps as both stages together; `linear` in place of the two layers;
-`lora` in place of the whole language model.
+Arms: `two-stage`; `stage 2 alone` with as many steps as both stages together; both again with half of the steps;
+`linear` in place of the two layers; `lora` in place of the whole language model.
 """
 
 import argparse
@@ -34,6 +34,8 @@ LORA: dict[str, Any] = {
 ARMS: dict[str, dict[str, Any]] = {
     "two-stage": {},
     "stage 2 alone": {"alone": True},
+    "two-stage, half the steps": {"half": True},
+    "stage 2 alone, half the steps": {"alone": True, "half": True},
     "linear": {"connector": "linear"},
     "lora": {"stage2": LORA},
 }
@@ -49,9 +51,12 @@ def trained_arm(name: str, seed: int, given: argparse.Namespace) -> Path:
         "language_model": str(lm),
         "connector": arm.get("connector", "mlp"),
     }
-    stage2 = {**STAGE2, **arm.get("stage2", {})}
+    stage1, stage2 = dict(STAGE1), {**STAGE2, **arm.get("stage2", {})}
+    if arm.get("half"):
+        for stage in (stage1, stage2):
+            stage["max_steps"] //= 2
     if not arm.get("alone"):
-        first = run("llava_stage1", "stage 1", STAGE1, seed, given, **parts)
+        first = run("llava_stage1", "stage 1", stage1, seed, given, **parts)
         return run("llava_stage2", name, stage2, seed, given, model_name_or_path=str(first / "model"))
     start = given.output_dir / "new" / clip.name / lm.parent.name
     if not (start / "config.json").is_file():
@@ -60,7 +65,7 @@ def trained_arm(name: str, seed: int, given: argparse.Namespace) -> Path:
         options = [f"--{key}={value}" for key, value in (("vision", clip / "model"), ("language", lm))]
         if command(["new", *options, "--connector=mlp", f"--out={start}", f"--seed={seed}"]):
             raise SystemExit("hf-vlp new failed")
-    stage2["max_steps"] = STAGE1["max_steps"] + STAGE2["max_steps"]
+    stage2["max_steps"] += stage1["max_steps"]
     return run("llava_stage2", name, stage2, seed, given, model_name_or_path=str(start))
 
 
