@@ -34,9 +34,6 @@ from hf_vlp.training.data import main_process_first, texts_of_rows
 from hf_vlp.training.text import BREAK, TextCollator, TextDataset, text_lines
 from hf_vlp.training.told import told_texts
 
-# Of the scenes that are told: others than those of the pictures.
-TOLD_SEED = 1000
-
 
 @dataclass
 class ModelArguments:
@@ -77,8 +74,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if model_args.text_file:
             rows, eval_rows = text_lines(model_args.text_file), None
         elif model_args.told_scenes:
-            texts = told_texts(model_args.told_scenes, data.shapes_preset, TOLD_SEED)
-            rows, eval_rows = Dataset.from_dict({"text": list(texts)}), None
+            texts = list(told_texts(model_args.told_scenes, data.shapes_preset))
+            rows, eval_rows = Dataset.from_dict({"text": texts}), None
         else:
             rows, eval_rows = data.train_rows(), data.eval_rows()
 

@@ -38,8 +38,7 @@ def language_model(given: argparse.Namespace) -> Path:
     # In a file, where it can be looked at.
     path = given.output_dir / "text" / f"told_{count}.jsonl"
     if not path.is_file():
-        texts = told_texts(count, scenes, 1000)
-        write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+        write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in told_texts(count, scenes)))
     return run("language_model", "language model", settings, 0, given, text_file=str(path)) / "model"
 
 

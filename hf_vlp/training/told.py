@@ -18,9 +18,11 @@ from .text import BREAK
 
 # Questions about a scene. Many teach a language model fastest to look things up.
 TURNS = 6
+# Of the scenes: others than those of the pictures, whose seed is 0.
+SEED = 1000
 
 
-def told_texts(count: int, preset: str = "default", seed: int = 0, turns: int = TURNS) -> Iterator[str]:
+def told_texts(count: int, preset: str = "default", seed: int = SEED, turns: int = TURNS) -> Iterator[str]:
     """Texts about `count` training scenes, written as each recipe will write them about pictures: a third each as
     LLaVA (Vicuna's format, the scene in place of the picture; the system's words, the longest part and always the
     same, in every fourth only), InstructBLIP (the scene, then instructions behind a begin token, as behind the
@@ -30,7 +32,7 @@ def told_texts(count: int, preset: str = "default", seed: int = 0, turns: int = 
     Args:
         count: scenes.
         preset: of `ShapesConfig`.
-        seed: of the scenes and questions; another one than the training's pictures have gives other scenes.
+        seed: of the scenes and questions.
         turns: questions about a scene, fewer if no more can be asked.
 
     Yields:
@@ -54,7 +56,7 @@ def told_texts(count: int, preset: str = "default", seed: int = 0, turns: int = 
 
 
 def told_conversations(
-    count: int, preset: str = "default", seed: int = 0, turns: int = TURNS
+    count: int, preset: str = "default", seed: int = SEED, turns: int = TURNS
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Scenes in words, and the messages of conversations about pictures of them."""
     world = ShapesWorld(ShapesConfig.preset(preset), "train", seed)
@@ -88,4 +90,4 @@ def pieces_of(messages: Sequence[Any], number: int) -> list[list[tuple[str, str]
     return [*(piece for piece in pieces if piece), *([turns] if turns else [])]
 
 
-__all__ = ["TURNS", "in_words", "pieces_of", "told_conversations", "told_texts"]
+__all__ = ["SEED", "TURNS", "in_words", "pieces_of", "told_conversations", "told_texts"]

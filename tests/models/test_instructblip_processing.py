@@ -39,7 +39,8 @@ def test_training_inputs_of_a_causal_language_model(kind: str) -> None:
     for row, (asked, answer) in enumerate(zip(tiny.INSTRUCTIONS, tiny.ANSWERS, strict=True)):
         expected = [processor.image_token_id] * QUERIES + words(asked)["input_ids"]
         # Tokens of words in the middle of a text, whatever the tokenizer makes of a text's first word.
-        said = [*words(f" {answer}", add_special_tokens=False)["input_ids"], end]
+        space = " " if asked else ""
+        said = [*words(space + answer, add_special_tokens=False)["input_ids"], end]
         length = len(expected) + len(said)
         assert made["input_ids"][row, :length].tolist() == expected + said
         assert made["attention_mask"][row].tolist() == [1] * length + [0] * (made["input_ids"].shape[1] - length)
@@ -144,6 +145,11 @@ def test_answers_stand_behind_a_space(kind: str) -> None:
     rendered = encode_conversation(template.render(to_messages(messages)[0]), template, processor)
     assert rendered.expanded([QUERIES])[0] == made["input_ids"][0].tolist()
     assert rendered.expanded([QUERIES])[1] == made["labels"][0].tolist()
+    # Without an instruction there is nothing that the space would part the answer from.
+    alone = processor.training_inputs(None, ["a dot"])
+    assert processor.tokenizer.decode(alone["input_ids"][0, QUERIES:], skip_special_tokens=True) == "a dot"
+    bare = template.render(to_messages([{"from": "human", "value": "<image>"}, messages[1]])[0])
+    assert encode_conversation(bare, template, processor).expanded([QUERIES])[0] == alone["input_ids"][0].tolist()
 
 
 def test_sentencepiece_makes_the_space_itself() -> None:

@@ -51,9 +51,9 @@ class InstructBlipTemplate(Template):
     def render(self, messages: Sequence[Message]) -> RenderedConversation:
         _, turns = self.turns(messages)
         places = [place for place, message in enumerate(turns) if message["role"] == "assistant"]
-        writer = self._asked(turns[: places[-1]])
-        answer = text_of(turns[places[-1]]).strip() + self.eos_token
-        return writer.cut().add(self.answer_space + answer, learned=True).done()
+        asked, answer = turns[: places[-1]], text_of(turns[places[-1]]).strip()
+        space = self.answer_space if as_instruction(asked) else ""
+        return self._asked(asked).cut().add(f"{space}{answer}{self.eos_token}", learned=True).done()
 
     def prompt(self, messages: Sequence[Message]) -> RenderedConversation:
         return self._asked(self.turns(messages)[1]).done()

@@ -203,8 +203,12 @@ class InstructBlipProcessor(LanguageModelTokensMixin, transformers.InstructBlipP
         self, instructions: list[list[int]], texts: list[str], max_length: int | None, image: list[int]
     ) -> dict[str, torch.Tensor]:
         start = len(self._ends()[0])
-        space = self.answer_space
-        whole = [[*self.tokenizer(space + text)["input_ids"], self.stop_token_id] for text in texts]
+        # Behind the begin token alone, an answer is the first word of a text.
+        spaces = [self.answer_space if len(asked) > start else "" for asked in instructions]
+        whole = [
+            [*self.tokenizer(space + text)["input_ids"], self.stop_token_id]
+            for space, text in zip(spaces, texts, strict=True)
+        ]
         long = sum(max_length is not None and len(ids) > max_length for ids in whole)
         if long:
             logger.warning_once(
