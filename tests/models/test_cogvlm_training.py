@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from hf_vlp.data.conversations import ConversationCollator
 from hf_vlp.models.cogvlm.modeling_cogvlm import CogVLMForConditionalGeneration
-from hf_vlp.models.cogvlm.processing_cogvlm import GROUNDING_PROMPTS, BoxError, format_boxes
+from hf_vlp.models.cogvlm.processing_cogvlm import GROUNDING_PROMPTS, BoxError, CogVLMProcessor, format_boxes
 from hf_vlp.training.grounding import CaptionConversations, GroundingConversations, MixedDataset
 from hf_vlp.training.lora import lora_layers
 from tests.distributed import run_ranks
@@ -158,6 +158,13 @@ def test_a_small_llama_from_the_script_gets_experts(tmp_path: Path) -> None:
     assert 0 < metrics["eval_loss"] < 8
     model = CogVLMForConditionalGeneration.from_pretrained(tmp_path / "one" / "model")
     assert model.config.image_token_id == model.config.text_config.vocab_size
+    # 0.02 would suit a width of 1,792.
+    assert model.config.vision_config.initializer_range == pytest.approx(16**-0.5)
+    # What parts answers from questions goes from stage to stage.
+    first = ["--model_name_or_path", str(tmp_path / "one" / "model"), "--stage", "sft"]
+    script("cogvlm").main([*COMMON, *first, "--eval_split", "none", "--output_dir", str(tmp_path / "two")])
+    spaces = [CogVLMProcessor.from_pretrained(tmp_path / name / "model").answer_space for name in ("one", "two")]
+    assert spaces == [" ", " "]
 
 
 def test_the_script_says_what_it_lacks(tmp_path: Path) -> None:
