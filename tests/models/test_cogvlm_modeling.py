@@ -329,7 +329,31 @@ def test_other_language_models_are_refused() -> None:
 
 
 def test_sizes_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="no multiple of patch_size"):
-        CogVLMVisionConfig(image_size=20, patch_size=14)
-    with pytest.raises(ValueError, match="does not divide the 5 patches"):
-        CogVLMConfig(vision_config={"image_size": 20, "patch_size": 4}, downsample=2)
+    with pytest.raises(ValueError, match="smaller than a patch of 14"):
+        CogVLMVisionConfig(image_size=12, patch_size=14)
+    with pytest.raises(ValueError, match="downsample is 2, but an image has 1 patches"):
+        CogVLMConfig(vision_config={"image_size": 20, "patch_size": 14}, downsample=2)
+    for image_size in (18, 20):
+        with pytest.raises(ValueError, match=f"image_size {image_size} is no multiple of 8 pixels"):
+            CogVLMForConditionalGeneration.from_language_pretrained(
+                tiny.language_model(), vision_config=tiny.vision_config(image_size=image_size), downsample=2
+            )
+
+
+@torch.no_grad()
+def test_features_need_not_cover_the_image() -> None:
+    # As in the original code, whose convolutions leave the rest of an odd grid, and of an odd patch, out.
+    model = tiny.model(2, vision_config=tiny.vision_config(image_size=22))
+    assert model.config.num_image_tokens == 2 * 2 + 2
+    assert model.vision_model.position_embedding.weight.shape[0] == 5 * 5 + 1
+    pixels = torch.randn(1, 3, 22, 22)
+    tower, features = model.encode_images(pixels), model.get_image_features(pixels)
+    assert tower.shape[1] == 5 * 5 + 1 and features.shape[1] == 2 * 2 + 2
+    changed = pixels.clone()
+    changed[..., 20:, :] += 1
+    changed[..., 20:] += 1
+    torch.testing.assert_close(model.get_image_features(changed), features)
+    batch = inputs(tiny.rows(model, [[2, 0, 3]])) | {"pixel_values": pixels}
+    assert model(**batch).logits.isfinite().all()
+    model.resize_images(24)
+    assert model.config.num_image_tokens == 3 * 3 + 2

@@ -59,11 +59,9 @@ def model(
     version: int = 2, seed: int = 0, model_type: str = "llama", **changes: Any
 ) -> CogVLMForConditionalGeneration:
     """A random model; every parameter differs, so that a swap of two shows."""
-    config = CogVLMConfig(
-        vision_config=vision_config(),
-        text_config=text_config(model_type),
-        **({"downsample": version, "visual_expert_qkv_bias": version == 2, "image_token_id": IMAGE} | changes),
-    )
+    settings: dict[str, Any] = {"vision_config": vision_config(), "text_config": text_config(model_type)}
+    settings |= {"downsample": version, "visual_expert_qkv_bias": version == 2, "image_token_id": IMAGE}
+    config = CogVLMConfig(**(settings | changes))
     torch.manual_seed(seed)
     made = CogVLMForConditionalGeneration(config)
     spread_weights(made, seed)

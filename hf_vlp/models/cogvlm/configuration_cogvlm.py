@@ -14,7 +14,7 @@ class CogVLMVisionConfig(PreTrainedConfig):
 
     Args:
         image_size: side of the square image in pixels.
-        patch_size: side of a patch in pixels.
+        patch_size: side of a patch in pixels. What the patches leave over at the right and at the bottom is not seen.
         dropout_prob: dropout behind each half of a layer.
     """
 
@@ -35,14 +35,14 @@ class CogVLMVisionConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+        if self.image_size < self.patch_size:
+            raise ValueError(f"images of {self.image_size} pixels are smaller than a patch of {self.patch_size}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
 
     @property
     def grid_size(self) -> int:
-        """Patches along a side."""
+        """Whole patches along a side."""
         return self.image_size // self.patch_size
 
 
@@ -53,7 +53,7 @@ class CogVLMConfig(PreTrainedConfig):
         vision_config: see `CogVLMVisionConfig`.
         text_config: of the language model, one of `LANGUAGE_MODEL_TYPES`.
         downsample: side of the square of patches that a convolution joins to one feature: 1 for CogVLM (no
-            convolution), 2 for CogVLM2.
+            convolution), 2 for CogVLM2. The convolution leaves out patches at the edge that fill no square.
         projector_hidden_size: width inside the adapter's gated MLP; the language model's `intermediate_size` by
             default, as published.
         visual_expert_qkv_bias: the experts' query, key and value projections have biases (CogVLM2) even where the
@@ -85,14 +85,34 @@ class CogVLMConfig(PreTrainedConfig):
                 f"visual experts are made for language models of the types {list(LANGUAGE_MODEL_TYPES)}, not "
                 f"{self.text_config.model_type!r}"
             )
-        if self.downsample < 1 or self.vision_config.grid_size % self.downsample:
+        if not 1 <= self.downsample <= self.vision_config.grid_size:
             raise ValueError(
-                f"downsample is {self.downsample}, which does not divide the {self.vision_config.grid_size} patches "
-                "along a side of the image"
+                f"downsample is {self.downsample}, but an image has {self.vision_config.grid_size} patches along a "
+                "side"
             )
         if self.projector_hidden_size is None:
             self.projector_hidden_size = self.text_config.intermediate_size
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+
+    @property
+    def feature_size(self) -> int:
+        """Side in pixels of the part of an image that becomes one feature."""
+        return self.vision_config.patch_size * self.downsample
+
+    def check_image_size(self, image_size: int) -> None:
+        """Refuses a size at which the edge of an image would not be seen.
+
+        Only for sizes that are chosen here: checkpoints may have any, and the original code computes them.
+
+        Args:
+            image_size: side in pixels.
+
+        Raises:
+            ValueError: no multiple of `feature_size`.
+        """
+        step = self.feature_size
+        if image_size < step or image_size % step:
+            raise ValueError(f"image_size {image_size} is no multiple of {step} pixels, one feature's side")
 
     @property
     def num_image_tokens(self) -> int:

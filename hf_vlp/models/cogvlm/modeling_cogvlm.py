@@ -113,7 +113,8 @@ class CogVLMForConditionalGeneration(CogVLMPreTrainedModel, GenerationMixin):
             kwargs: of `AutoModelForCausalLM.from_pretrained` (`dtype`, ...).
 
         Raises:
-            ValueError: the language model is of another type, or its checkpoint lacks weights.
+            ValueError: the language model is of another type, its checkpoint lacks weights, or features do not cover
+                an image.
         """
         source = None
         missing: list[str] = []
@@ -145,6 +146,7 @@ class CogVLMForConditionalGeneration(CogVLMPreTrainedModel, GenerationMixin):
             visual_expert_qkv_bias=visual_expert_qkv_bias,
             projector_hidden_size=projector_hidden_size,
         )
+        config.check_image_size(config.vision_config.image_size)
         # Shapes are all that the second language model is made for.
         with torch.device("meta"):
             shell = cls(config)
@@ -179,9 +181,7 @@ class CogVLMForConditionalGeneration(CogVLMPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: no multiple of the patch size (times `downsample`).
         """
-        step = self.config.vision_config.patch_size * self.config.downsample
-        if image_size < step or image_size % step:
-            raise ValueError(f"image_size {image_size} is no multiple of {step} pixels, one feature's side")
+        self.config.check_image_size(image_size)
         self.vision_model.resize_images(image_size)
         self.config.vision_config.image_size = image_size
 
