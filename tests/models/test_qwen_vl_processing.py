@@ -25,6 +25,7 @@ from hf_vlp.models.qwen_vl.processing_qwen_vl import (
     QwenVLProcessor,
     box_text,
     draw_regions,
+    image_span,
     parse_regions,
 )
 from tests.tiny import qwen_vl as tiny
@@ -196,6 +197,13 @@ def original_config() -> dict:
             "output_dim": 24, "image_start_id": 264 + SPECIAL_TOKENS.index("<img>"),
         },
     }  # fmt: skip
+
+
+def test_image_span_is_the_normalised_path() -> None:
+    span = image_span("cafe\u0301.jpg", 12, 900)
+    assert span == [*"café.jpg".encode(), 900, 900, 900]
+    with pytest.raises(ValueError, match="has 12 bytes, an image has room for 11"):
+        image_span("a" * 12, 11, 900)
 
 
 def test_original_folder_there_and_back(tmp_path: Path) -> None:

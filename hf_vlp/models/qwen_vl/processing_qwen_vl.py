@@ -1,6 +1,7 @@
 """Images, text and boxes to the inputs of Qwen-VL, and back from what it writes."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -154,12 +155,14 @@ def draw_regions(image: Image.Image, text: str, *, color: str = "red", width: in
 def image_span(path: str, length: int, image_token_id: int) -> list[int]:
     """What the original puts between `<img>` and `</img>`: the bytes of the path as ids, then padding.
 
+    Like all text of the original, the path is in the Unicode form NFC.
+
     Nothing of it reaches the network; for comparison with the original's batches.
 
     Raises:
         ValueError: the path has more bytes than there is room.
     """
-    written = list(path.encode("utf-8"))
+    written = list(unicodedata.normalize("NFC", path).encode("utf-8"))
     if len(written) > length:
         raise ValueError(f"the path {path!r} has {len(written)} bytes, an image has room for {length}")
     return written + [image_token_id] * (length - len(written))
