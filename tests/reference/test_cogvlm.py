@@ -176,9 +176,11 @@ def test_conversation(case: Case):
     processor = CogVLMProcessor.for_model(tokenizer, sizes)
     picture = Image.fromarray(case.inputs["image"].numpy())
     for number, item in enumerate(config["items"]):
+        # The original passes over the turns before a text of its own format, for which ours has no place.
+        history = item.get("history", ()) if item["template"] != "base" else ()
         row = processor.conversation(
             item["query"],
-            history=item.get("history", ()),
+            history=history,
             answer=item.get("answer"),
             image=item.get("image", True),
             template=item["template"],
@@ -187,8 +189,7 @@ def test_conversation(case: Case):
         for name, values in row.items():
             case.compare(f"{number}/{name}", torch.tensor(values))
         if item.get("image", True):
-            prompt = processor([picture], [item["query"]], history=[item.get("history", ())],
-                               template=item["template"])  # fmt: skip
+            prompt = processor([picture], [item["query"]], history=[history], template=item["template"])
             length = prompt["input_ids"].shape[1]
             assert prompt["input_ids"][0].tolist() == row["input_ids"][:length]
     case.compare("pixel_values", processor.prepare_images([picture])[0]["pixel_values"][0])
