@@ -135,6 +135,18 @@ def packed(batch: dict[str, Tensor], rows: list[list[int]]) -> dict[str, Tensor]
     return made | ({"pixel_values": batch["pixel_values"]} if "pixel_values" in batch else {})
 
 
+@torch.no_grad()
+def test_attention_is_set_in_every_part() -> None:
+    model = tiny.model(2)
+    batch = inputs(tiny.rows(model, [[2, 0, 3], [7]]))
+    expected = model(**batch).logits
+    for kind in ("eager", "sdpa"):
+        model.set_attn_implementation(kind)
+        parts = (model, model.vision_model, model.language_model)
+        assert {part.config._attn_implementation for part in parts} == {kind}
+        torch.testing.assert_close(model(**batch).logits, expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("layouts", [[[2, 0, 3], [0, 1, 0, 2], [7], [0, 4]], [[3], [5], [2], [6]]])
 def test_packed_is_unpacked(layouts: list[list[int]], attention: str) -> None:

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_cogvlm import CogVLMConfig, CogVLMVisionConfig
 
@@ -32,7 +32,7 @@ class CogVLMVisionAttention(nn.Module):
         batch, length, width = states.shape
         fused = self.query_key_value(states).view(batch, length, 3, -1, self.head_dim)
         query, key, value = fused.permute(2, 0, 3, 1, 4)
-        attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, sdpa_attention_forward)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         mixed, _ = attend(self, query, key, value, None, dropout=0.0, scaling=self.head_dim**-0.5, is_causal=False)
         return self.dense(mixed.reshape(batch, length, width))
 
