@@ -228,6 +228,8 @@ def test_original_folder_there_and_back(tmp_path: Path) -> None:
     made = processor(images=images(1), text="<img></img>the cat", return_tensors="pt")
     torch.testing.assert_close(loaded(**made).logits, source(**made).logits)
     assert loaded.config.seq_length == 512
+    assert loaded.get_input_embeddings().padding_idx is None
+    assert loaded.generation_config.pad_token_id == processor.tokenizer.pad_token_id
     # The visual part alone, without its prefix.
     visual = {name.removeprefix("transformer.visual."): v for name, v in state.items() if ".visual." in name}
     ours = from_original(visual, 2)

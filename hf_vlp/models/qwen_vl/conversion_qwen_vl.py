@@ -279,7 +279,8 @@ def convert_checkpoint(folder: str | Path, out: str | Path) -> QwenVLForConditio
     state, config = read_original(folder)
     tokenizer = tokenizer_from_original(Path(folder) / "qwen.tiktoken")
     end, stop = (tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>"))
-    model = model_from_original(state, config, eos_token_id=end, pad_token_id=end)
+    # Rows are padded with the end token, but the config must not say so: its embedding would get no gradient.
+    model = model_from_original(state, config, eos_token_id=end)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = [end, stop], end
     visual = model.config.vision_config
     processor = QwenVLProcessor.for_image_size(tokenizer, visual.image_size, num_query_tokens=visual.num_query_tokens)
