@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from hf_vlp.data import ErrorRateExceeded, RecordLimits
 from hf_vlp.data.conversations import (
@@ -28,7 +30,7 @@ from hf_vlp.data.conversations.prompts import answer_text, stop_ids
 from hf_vlp.data.conversations.templates import rendered_parts
 from hf_vlp.data.splits import NoSplitError
 
-from .conversations import TinyProcessor, byte_tokenizer, learned_texts, record
+from .conversations import SPECIAL, TinyProcessor, byte_tokenizer, learned_texts, record
 
 IGNORED = -100
 LIMITS = RecordLimits(max_bad_rate=1.0)
@@ -291,6 +293,45 @@ def test_two_images_of_a_turn_are_two():
     assert rendered.text == "USER: <image>\n<image>\nCompare. ASSISTANT: A</s>"
     assert [rendered.text[start:end] for start, end in rendered.images] == ["<image>", "<image>"]
     assert rendered_parts(rendered)[-1] == ("learned", " A</s>")
+
+
+def _sentencepiece_tokenizer(before_a_blank):
+    """Letters and `▁`, which stands in front of any text, or of those only that do not begin with a blank."""
+    known = [*SPECIAL, "▁", *sorted({*" ".join(map(chr, range(33, 127)))} - {" "}), "\n"]
+    made = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(known)}, merges=[]))
+    if before_a_blank:
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return tokenizer
+
+
+@pytest.mark.parametrize("before_a_blank", [True, False])
+def test_a_blank_behind_an_image_is_two_of_sentencepiece(before_a_blank):
+    processor = TinyProcessor(_sentencepiece_tokenizer(before_a_blank))
+    for template, turns, behind, learned in (
+        ("vicuna_v1", ("<image>", "no"), "▁ ▁ A S S I S T A N T : ▁ n o </s>", "▁ n o </s>"),
+        ("vicuna_v1", ("<image>\nA", "no"), "▁ \n A ▁ A S S I S T A N T : ▁ n o </s>", "▁ n o </s>"),
+        ("plain", ("<image>", " no"), "▁ ▁ n o \n", "▁ ▁ n o \n"),
+        ("plain", ("<image>", "no"), "▁ n o \n", "▁ n o \n"),
+    ):
+        made = make_template(template, processor)
+        encoded = encode_conversation(made.render(record(*turns)["messages"]), made, processor)
+        tokens = processor.tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.placeholders[0] + 1 :])
+        assert tokens == behind.split(" ")
+        kept = [one for one in encoded.labels if one != IGNORED]
+        assert processor.tokenizer.convert_ids_to_tokens(kept) == learned.split(" ")
+        assert [end - start for start, end in encoded.units] == [1]
+
+
+def test_a_blank_behind_an_image_is_one_of_bytes():
+    processor = TinyProcessor()
+    made = make_template("vicuna_v1", processor)
+    encoded = encode_conversation(made.render(record("<image>", "no")["messages"]), made, processor)
+    tokens = processor.tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.placeholders[0] + 1 :])
+    assert tokens[:3] == ["Ġ", "A", "S"]
 
 
 def test_what_a_template_needs_and_lacks_is_named():

@@ -81,12 +81,19 @@ def encode_conversation(
     image_id = tokenizer.convert_tokens_to_ids(template.image_token)
     text, token = rendered.text, template.image_token
     marks = [text.index(token, start, end) for start, end in rendered.images]
+    behind_images = {mark + len(token) for mark in marks} if template.cuts_at_images else set()
     cuts = {0, len(text), *rendered.breaks}
     if template.cuts_at_images:
-        cuts |= {*marks, *(mark + len(token) for mark in marks)}
+        cuts |= {*marks, *behind_images}
     starts = sorted(cuts)
     pieces = [(start, text[start:end]) for start, end in zip(starts, starts[1:])]
-    tokenized = iter(_tokenized(tokenizer, [piece for _, piece in pieces if piece != token]))
+    # SentencePiece puts its blank before any text, so LLaVA's ids of " ASSISTANT:" behind an image begin with two.
+    # Tokenizers that put none before a blank are given that one.
+    blank = {start for start, piece in pieces if start in behind_images and piece.startswith(" ")}
+    if blank and not _shares_blank(tokenizer):
+        blank = set()
+    texts = [" " * (start in blank) + piece for start, piece in pieces if piece != token]
+    tokenized = iter(_tokenized(tokenizer, texts))
     ids = leading_ids(tokenizer) if template.adds_bos and not _begins_with_bos(tokenizer, text) else []
     offsets = [-1] * len(ids)
     for start, piece in pieces:
@@ -96,7 +103,7 @@ def encode_conversation(
             continue
         piece_ids, piece_offsets = next(tokenized)
         ids += piece_ids
-        offsets += [start + offset for offset in piece_offsets]
+        offsets += [start + max(0, offset - (start in blank)) for offset in piece_offsets]
     placeholders = [place for place, number in enumerate(ids) if number == image_id]
     if len(placeholders) != len(marks):
         raise ImageCountError(
@@ -124,6 +131,12 @@ def leading_ids(tokenizer: Any) -> list[int]:
 
 def _begins_with_bos(tokenizer: Any, text: str) -> bool:
     return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+
+
+def _shares_blank(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a blank in front of a text unless the text begins with one."""
+    alone, behind = tokenizer(["a", " a"], add_special_tokens=False).input_ids
+    return alone == behind
 
 
 def _tokenized(tokenizer: Any, pieces: list[str]) -> list[tuple[list[int], list[int]]]:
