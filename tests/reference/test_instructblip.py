@@ -109,6 +109,18 @@ def compare_training(case: Case, model: Model, batch: dict[str, Tensor], kind: s
     return output
 
 
+def asked_of(case: Case, processor: InstructBlipProcessor) -> Any:
+    """Inputs of `generate` for the recorded prompts. LAVIS cuts them for the Q-Former only."""
+    prompts, count = case.spec["texts"]["prompt"], len(case.inputs["image"])
+    made = processor(images=pictures(count), text=prompts, return_tensors="pt")
+    made.pop("pixel_values")
+    cut = processor.training_inputs(None, [""] * count, prompt=prompts, max_prompt_length=case.config["max_txt_len"])
+    for name in ("qformer_input_ids", "qformer_attention_mask"):
+        made[name] = cut[name]
+        assert torch.equal(made[name], case.inputs[f"generate_{name}"])
+    return made
+
+
 def compare_classes(case: Case, model: Model, processor: InstructBlipProcessor, kind: str) -> None:
     prompt, candidates = case.spec["texts"]["class_prompt"], case.spec["texts"]["candidates"]
     batch = len(case.inputs["image"])
@@ -170,10 +182,7 @@ def test_vicuna(case: Case) -> None:
     compare_classes(case, model, processor, "llm")
 
     processor.tokenizer.padding_side = "left"
-    asked = processor(images=pictures(len(inputs["image"])), text=texts["prompt"], return_tensors="pt")
-    asked.pop("pixel_values")
-    assert torch.equal(asked["qformer_input_ids"], inputs["generate_qformer_input_ids"])
-    assert torch.equal(asked["qformer_attention_mask"], inputs["generate_qformer_attention_mask"])
+    asked = asked_of(case, processor)
     assert torch.equal(asked["input_ids"][:, queries:], inputs["generate_llm_input_ids"])
     case.compare("generate/first_attention_mask", asked["attention_mask"])
     seen: dict[str, Tensor] = {}
@@ -187,9 +196,10 @@ def test_vicuna(case: Case) -> None:
     new_tokens = settings["max_length"] - 1  # the recorded length counts the dummy first id
     dummy = case.config["language_model"]["bos_token_id"]
     penalties = LogitsProcessorList([DummyIdPenalty(dummy, settings["repetition_penalty"])])
+    weight = float(settings.get("length_penalty", 1.0))
     for name, options, penalty in (
         ("generate_greedy", {}, 1.0),
-        ("generate_beam3", {"num_beams": settings["num_beams"]}, 1.0),
+        ("generate_beam3", {"num_beams": settings["num_beams"], "length_penalty": weight}, weight),
         ("generate_beam3_lp0", {"num_beams": settings["num_beams"], "length_penalty": 0.0}, 0.0),
     ):
         output = model.generate(
@@ -252,14 +262,13 @@ def test_t5(case: Case) -> None:
     case.compare("encoder_last_hidden_state", output.language_model_outputs.encoder_last_hidden_state)
     compare_classes(case, model, processor, "t5")
 
-    asked = processor(images=pictures(len(inputs["image"])), text=texts["prompt"], return_tensors="pt")
-    asked.pop("pixel_values")
-    assert torch.equal(asked["qformer_input_ids"], inputs["generate_qformer_input_ids"])
+    asked = asked_of(case, processor)
     assert torch.equal(asked["input_ids"][:, queries:], inputs["generate_t5_input_ids"])
     settings, stop = case.config["generate"], case.config["token_ids"]["t5"]["eos"]
+    weight = float(settings.get("length_penalty", 1.0))
     for name, options, penalty in (
         ("generate_greedy", {}, 1.0),
-        ("generate_beam3", {"num_beams": settings["num_beams"]}, 1.0),
+        ("generate_beam3", {"num_beams": settings["num_beams"], "length_penalty": weight}, weight),
         ("generate_beam3_lp0", {"num_beams": settings["num_beams"], "length_penalty": 0.0}, 0.0),
     ):
         output = model.generate(
