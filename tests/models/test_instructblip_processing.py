@@ -74,6 +74,22 @@ def test_long_instructions_lose_their_beginning(kind: str) -> None:
         cut_left(bert, text, 2)
 
 
+def test_long_prompts_lose_their_beginning_for_the_qformer_only() -> None:
+    processor = tiny.processor()
+    words = "what is in the picture near the red house and the old tree"
+    free = processor(images=images(2), text=[words, "what"], return_tensors="pt")
+    processor.qformer_tokenizer.model_max_length = 7
+    made = processor(images=images(2), text=[words, "what"], return_tensors="pt")
+    whole = free["qformer_input_ids"]
+    assert made["qformer_input_ids"].shape == (2, 7)
+    assert made["qformer_input_ids"][0].tolist() == [whole[0, 0].item(), *whole[0, -6:].tolist()]
+    assert torch.equal(made["qformer_input_ids"][1], whole[1, :7])
+    assert torch.equal(made["qformer_attention_mask"], free["qformer_attention_mask"][:, :7])
+    assert torch.equal(made["input_ids"], free["input_ids"])
+    alone = processor(images=images(1), text=words, return_tensors="pt")
+    assert torch.equal(alone["qformer_input_ids"], made["qformer_input_ids"][:1])
+
+
 def test_errors_and_images_alone() -> None:
     processor = tiny.processor()
     with pytest.raises(ValueError, match="2 instructions for 4 answers"):

@@ -116,6 +116,10 @@ class InstructBlipProcessor(LanguageModelTokensMixin, transformers.InstructBlipP
             options = {name: kwargs[name] for name in _TEXT_OPTIONS if name in kwargs}
             asked = self.qformer_tokenizer(text, padding_side="right", return_token_type_ids=False, **options)
             made["qformer_input_ids"], made["qformer_attention_mask"] = asked["input_ids"], asked["attention_mask"]
+        ids = made.get("qformer_input_ids")
+        if isinstance(ids, torch.Tensor) and ids.shape[-1] > self.qformer_tokenizer.model_max_length:
+            # The Q-Former has no position for more; the language model reads all of it, as with LAVIS' `max_txt_len`.
+            made.update(self._asked([text] if isinstance(text, str) else text, None))
         return made
 
     def training_inputs(
