@@ -326,8 +326,10 @@ def test_a_blank_behind_an_image_is_two_of_sentencepiece(before_a_blank):
         assert [end - start for start, end in encoded.units] == [1]
 
 
-def test_a_blank_behind_an_image_is_one_of_bytes():
+@pytest.mark.parametrize("before_a_text", [False, True])
+def test_a_blank_behind_an_image_is_one_of_bytes(before_a_text):
     processor = TinyProcessor()
+    processor.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=before_a_text)
     made = make_template("vicuna_v1", processor)
     encoded = encode_conversation(made.render(record("<image>", "no")["messages"]), made, processor)
     tokens = processor.tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.placeholders[0] + 1 :])

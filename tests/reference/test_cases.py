@@ -91,6 +91,8 @@ def test_nothing_is_left_out_silently(tmp_path: Path) -> None:
     ]
     with pytest.raises(AssertionError, match="yet compared"), pytest.warns(NotComputedWarning):
         case.finish({"b/*": "because", "a": "stale"})
+    with pytest.warns(NotComputedWarning):
+        case.finish({"b/*": "because", "d/*": "of another case"})
     with pytest.raises(KeyError, match="'c' is not in case.json"):
         case.compare("c", torch.ones(1))
 

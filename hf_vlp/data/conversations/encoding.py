@@ -90,7 +90,7 @@ def encode_conversation(
     # SentencePiece puts its blank before any text, so LLaVA's ids of " ASSISTANT:" behind an image begin with two.
     # Tokenizers that put none before a blank are given that one.
     blank = {start for start, piece in pieces if start in behind_images and piece.startswith(" ")}
-    if blank and not _shares_blank(tokenizer):
+    if blank and not _takes_blank_for_its_own(tokenizer):
         blank = set()
     texts = [" " * (start in blank) + piece for start, piece in pieces if piece != token]
     tokenized = iter(_tokenized(tokenizer, texts))
@@ -133,10 +133,10 @@ def _begins_with_bos(tokenizer: Any, text: str) -> bool:
     return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
 
 
-def _shares_blank(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a blank in front of a text unless the text begins with one."""
+def _takes_blank_for_its_own(tokenizer: Any) -> bool:
+    """Whether this is a SentencePiece that puts its blank in front of a text only if the text begins with none."""
     alone, behind = tokenizer(["a", " a"], add_special_tokens=False).input_ids
-    return alone == behind
+    return alone == behind and tokenizer.convert_ids_to_tokens(alone)[0].startswith("▁")
 
 
 def _tokenized(tokenizer: Any, pieces: list[str]) -> list[tuple[list[int], list[int]]]:
