@@ -8,8 +8,9 @@ Shapes. Measured is the share of exact answers (colour, shape, count, relation; 
 split. The language model is trained once, the other parts once a seed, shared by the arms; a run that was stopped goes
 on from its checkpoint.
 
-Arms: `two-stage`; `stage 2 alone` with as many steps as both stages together; both again with half of the steps;
-`linear` in place of the two layers; `lora` in place of the whole language model.
+Arms: `two-stage`; `stage 2 alone` with as many steps as both stages together; both again with half of the steps, and
+once more so with 2,000 conversations instead of 16,000, stage 1 keeping its captions; `linear` in place of the two
+layers; `lora` in place of the whole language model.
 """
 
 import argparse
@@ -31,11 +32,14 @@ LORA: dict[str, Any] = {
     "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0.0, "learning_rate": 3e-3,
     "lora_targets": LINEAR_LAYERS,
 }  # fmt: skip
+FEW = {"shapes_size": 2000}
 ARMS: dict[str, dict[str, Any]] = {
     "two-stage": {},
     "stage 2 alone": {"alone": True},
     "two-stage, half the steps": {"half": True},
     "stage 2 alone, half the steps": {"alone": True, "half": True},
+    "two-stage, few conversations": {"half": True, "stage2": FEW},
+    "stage 2 alone, few conversations": {"alone": True, "half": True, "stage2": FEW},
     "linear": {"connector": "linear"},
     "lora": {"stage2": LORA},
 }
