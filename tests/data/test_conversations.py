@@ -95,6 +95,11 @@ def test_chat_entries_may_hold_their_images():
         ([{"from": "human", "value": 3}, {"from": "gpt", "value": "a"}], "turn 0"),
         ([{"from": "human", "value": "a"}, {"role": "system", "content": "b"}], "may speak only first"),
         ([{"role": "assistant", "content": [{"type": "video"}]}], "neither a text nor an image"),
+        (
+            [{"from": "human", "value": "a"}, {"from": "gpt", "value": "<image>b"}],
+            "assistant's, has an image",
+        ),
+        ([{"role": "system", "content": [{"type": "image"}]}], "turn 0, the system's, has an image"),
     ],
 )
 def test_what_is_no_conversation_is_refused(turns, what):

@@ -44,7 +44,8 @@ def to_messages(turns: Any) -> tuple[list[Message], list[Any]]:
         The messages, and the images that entries held, in order.
 
     Raises:
-        MessagesError: not a list of turns, an unknown role, a content of another kind, or no turn of the assistant.
+        MessagesError: not a list of turns, an unknown role, a content of another kind, an image in a turn that is not
+            the user's, or no turn of the assistant.
     """
     if not isinstance(turns, Sequence) or isinstance(turns, str | bytes) or not turns:
         raise MessagesError(f"the conversation is {_shown(turns)} instead of a list of turns")
@@ -61,6 +62,11 @@ def to_messages(turns: Any) -> tuple[list[Message], list[Any]]:
             raise MessagesError(f"turn {number} is by the system, which may speak only first")
         content = turn["content"] if "content" in turn else turn.get("value")
         entries = _entries(content, number)
+        if role != "user" and any(entry["type"] == "image" for entry in entries):
+            raise MessagesError(
+                f"turn {number}, the {role}'s, has an image; models here answer in words, so images "
+                "stand in turns of the user (human)"
+            )
         for entry in entries:
             held = entry.pop("held", None)
             if held is not None:
