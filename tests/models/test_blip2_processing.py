@@ -95,6 +95,26 @@ def test_labels_of_encoder_decoders() -> None:
         assert asked == [processor.image_token_id] * QUERIES + processor.tokenizer(prompt)["input_ids"]
 
 
+def test_encoder_decoders_keep_the_end_of_what_is_cut() -> None:
+    """As LAVIS, which cuts question and answer at the same `max_txt_len`."""
+    processor = generation_processor("t5")
+    tokenizer, longest = processor.tokenizer, 4
+    prompts = ["a", "two of the dots", "what is this in the photo", ""]
+    batch = processor.training_inputs(None, TEXTS, prompt=prompts, max_length=longest)
+
+    def cut(text: str) -> list[int]:
+        ids = tokenizer(text)["input_ids"]
+        return ids if len(ids) <= longest else [*ids[: longest - 1], tokenizer.eos_token_id]
+
+    assert any(len(tokenizer(text)["input_ids"]) > longest for text in TEXTS)
+    assert any(len(tokenizer(prompt)["input_ids"]) > longest for prompt in prompts)
+    for row, (text, prompt) in enumerate(zip(TEXTS, prompts, strict=True)):
+        assert batch["labels"][row][batch["labels"][row] != -100].tolist() == cut(text)
+        assert batch["decoder_attention_mask"][row].sum() == len(cut(text))
+        asked = batch["input_ids"][row][batch["attention_mask"][row] == 1].tolist()
+        assert asked == [processor.image_token_id] * QUERIES + cut(prompt)
+
+
 def test_labels_where_prompt_and_text_share_a_token() -> None:
     """A tokenizer that merges the end of the prompt with what follows: the border is found by characters."""
     processor = generation_processor("opt")

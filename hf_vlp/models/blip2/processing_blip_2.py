@@ -232,7 +232,8 @@ class Blip2Processor(LanguageModelTokensMixin, transformers.Blip2Processor):
             texts: B captions, without the prompt.
             prompt: what the model is given before the caption, one for all or one an image; not learnt.
             max_length: longest text in tokens, prompt and stop token included, image tokens not. A longer caption is
-                cut and so loses its stop token (as in LAVIS), which is logged.
+                cut and so loses its stop token (as in LAVIS), which is logged. Of an encoder-decoder language model:
+                longest prompt and longest caption, each with its end token, which it keeps.
 
         Returns:
             `pixel_values` (B, 3, H, W), `input_ids` (B, L) image tokens first, `attention_mask` (B, L) and `labels`,
@@ -279,9 +280,10 @@ class Blip2Processor(LanguageModelTokensMixin, transformers.Blip2Processor):
         self, texts: list[str], prompts: list[str], max_length: int | None
     ) -> dict[str, torch.Tensor]:
         image = [self.image_token_id] * self.num_query_tokens
-        rows = [image + self.tokenizer(prompt.strip())["input_ids"] for prompt in prompts]
-        targets = self._cut([self.tokenizer(text.strip())["input_ids"] for text in texts], max_length)
-        labels = pad_rows(targets, -100)
+        # By the tokenizer, which cuts the text and leaves the end token behind it.
+        truncation = {} if max_length is None else {"truncation": True, "max_length": max_length}
+        rows = [image + self.tokenizer(prompt.strip(), **truncation)["input_ids"] for prompt in prompts]
+        labels = pad_rows([self.tokenizer(text.strip(), **truncation)["input_ids"] for text in texts], -100)
         return {**self._padded(rows), "labels": labels, "decoder_attention_mask": (labels != -100).long()}
 
     def _prompted(self, prompt: str, text: str) -> tuple[list[int], int]:
