@@ -55,6 +55,8 @@ def test_padding_differs_only_behind_the_end(case: Case, tokenizer: CLIPTokenize
 
 @reference("clip/tokenizer", complete=False)
 def test_without_truncation_long_texts_raise(case: Case, tokenizer: CLIPTokenizer) -> None:
-    long = max(case.config["texts"], key=len)
-    with pytest.raises(ValueError, match="more than context_length=77"):
-        tokenize(tokenizer, [long])
+    lengths = case.outputs["untruncated_length"] + 2
+    text, longest = case.config["texts"][int(lengths.argmax())], int(lengths.max())
+    assert tokenize(tokenizer, [text], longest).shape == (1, longest)
+    with pytest.raises(ValueError, match=f"has {longest} tokens, more than context_length={longest - 1}"):
+        tokenize(tokenizer, [text], longest - 1)
