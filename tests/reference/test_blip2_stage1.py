@@ -245,12 +245,12 @@ def test_inference(case: Case) -> None:
     pairs = {name: inputs[name].repeat(batch, 1) for name in ("input_ids", "attention_mask")}
     scores = retrieval.matching_scores(images, image_index, **pairs)
     case.compare("compute_itm/matrix", scores.view(batch, batch))
-    matched = retrieval(
-        inputs["image"], inputs["input_ids"], inputs["attention_mask"], use_image_text_matching_head=True
-    )
+    # Only the scores of single pairs are of texts that were cut.
+    cut = processor(text=texts, return_tensors="pt", truncation=True, max_length=case.config["max_txt_len"])
+    matched = retrieval(inputs["image"], cut["input_ids"], cut["attention_mask"], use_image_text_matching_head=True)
     case.compare("itm_forward/logits", matched.logits_per_image)
     case.compare("itm_forward/probabilities", matched.logits_per_image.softmax(dim=-1))
-    similarity = retrieval.similarity(images, retrieval.embed_texts(inputs["input_ids"], inputs["attention_mask"]))
+    similarity = retrieval.similarity(images, retrieval.embed_texts(cut["input_ids"], cut["attention_mask"]))
     case.compare("itc_forward/scores", similarity.diagonal()[:, None])
 
     keys = project_images(retrieval.qformer, images.states)

@@ -148,7 +148,9 @@ def test_opt(case: Case) -> None:
 
     settings = case.config["predict_answers"]
     questions = [settings["prompt"].format(question) for question in case.spec["texts"]["questions"]]
-    asked = processor(text=questions, return_tensors="pt")
+    # The native processor counts the image tokens too.
+    longest = queries + case.config["max_txt_len"]
+    asked = processor(text=questions, return_tensors="pt", truncation=True, max_length=longest)
     assert torch.equal(asked["input_ids"], inputs["vqa_input_ids"])
     assert torch.equal(asked["attention_mask"], inputs["vqa_attention_mask"])
     ids = torch.cat([torch.full((batch, queries), image), asked["input_ids"]], dim=1)
