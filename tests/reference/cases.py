@@ -67,11 +67,13 @@ class Case:
         folder: where it lies.
         spec: the whole `case.json`.
         compared: output name -> relative error found.
+        left_out: output name -> why the case itself says that it cannot be computed.
     """
 
     folder: Path
     spec: dict[str, Any]
     compared: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def system(self) -> str:
@@ -159,6 +161,10 @@ class Case:
         assert error <= self.tolerance, f"{where}: relative error {error:.2e}, allowed {self.tolerance:.0e}"
         self.compared[name] = error
 
+    def leave_out(self, name: str, reason: str) -> None:
+        """Declares one output of this recording as not computed, which `finish` reports as a warning."""
+        self.left_out[name] = reason
+
     def finish(self, not_computed: Mapping[str, str] | None = None) -> None:
         """Asserts that no output was left out.
 
@@ -169,7 +175,8 @@ class Case:
         left_out = [name for name in self.output_names if name not in self.compared]
         unexplained = []
         for name in left_out:
-            reason = next((why for pattern, why in reasons.items() if fnmatchcase(name, pattern)), None)
+            declared = (why for pattern, why in reasons.items() if fnmatchcase(name, pattern))
+            reason = self.left_out.get(name) or next(declared, None)
             if reason is None:
                 unexplained.append(name)
             else:

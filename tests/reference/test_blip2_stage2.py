@@ -66,8 +66,22 @@ def limits(settings: dict[str, Any], new_tokens: int) -> dict[str, int]:
     return {"max_new_tokens": new_tokens, **({"min_new_tokens": smallest} if smallest > 0 else {})}
 
 
+def writes_the_same(case: Case, name: str) -> bool:
+    """Whether today's library finds the text that the older one found, as the case states; if not, leaves it out.
+
+    With a length penalty the two searches may stop at different lengths.
+    """
+    stated = case.spec.get("generation_reproduced_by_transformers_5_23", {})
+    if stated.get(name.split("/")[0], True):
+        return True
+    case.leave_out(name, "today's transformers writes another text, as the case says")
+    return False
+
+
 def compare_ids(case: Case, name: str, tokens: Tensor, stop: int) -> None:
     """Compares ids up to the first stop token, behind which libraries pad as they like."""
+    if not writes_the_same(case, name):
+        return
     expected = case.outputs[name]
     written = torch.full_like(expected, -1)
     width = min(tokens.shape[1], expected.shape[1])
@@ -83,6 +97,8 @@ def compare_ids(case: Case, name: str, tokens: Tensor, stop: int) -> None:
 
 def compare_scores(case: Case, name: str, scores: Tensor, tokens: Tensor, stop: int, penalty: float) -> None:
     """Compares beam scores; the recorded search divided texts that did not end by one more than today's does."""
+    if not writes_the_same(case, name):
+        return
     ended = (tokens == stop).any(dim=1)
     count = float(tokens.shape[1])
     case.compare(name, torch.where(ended, scores, scores * (count / (count + 1)) ** penalty))

@@ -93,6 +93,12 @@ def test_nothing_is_left_out_silently(tmp_path: Path) -> None:
         case.finish({"b/*": "because", "a": "stale"})
     with pytest.warns(NotComputedWarning):
         case.finish({"b/*": "because", "d/*": "of another case"})
+    with pytest.raises(AssertionError, match=r"no test compared: \['b/1'\]"), pytest.warns(NotComputedWarning):
+        case.leave_out("b/0", "this recording says so")
+        case.finish()
+    case.leave_out("b/1", "and this")
+    with pytest.warns(NotComputedWarning, match="b/1 not computed: and this"):
+        case.finish()
     with pytest.raises(KeyError, match="'c' is not in case.json"):
         case.compare("c", torch.ones(1))
 
