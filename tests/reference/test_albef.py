@@ -54,10 +54,13 @@ def albef_config(case: Case) -> Any:
 
 
 def gradients(model: torch.nn.Module, prefix: str) -> dict[str, Tensor]:
-    """Gradients of the parameters under `prefix`, zero where there is none, under their names without it."""
+    """Gradients of the parameters under `prefix`, zero where there is none, under their names without it.
+
+    A shared parameter stands under all of its names, as a case may record it under any.
+    """
     return {
         name.removeprefix(prefix): torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for name, parameter in model.named_parameters()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
         if name.startswith(prefix)
     }
 

@@ -31,12 +31,8 @@ def momentum_model(case: Case, **settings: Any) -> BlipMomentumModel:
 
 
 def model_gradients(model: BlipMomentumModel) -> dict[str, Tensor]:
-    """Gradients under the original names; of a shared tensor under all of them."""
-    grads = gradients(model.model, "")
-    owners = {id(parameter): name for name, parameter in model.model.named_parameters()}
-    for name, parameter in model.model.named_parameters(remove_duplicate=False):
-        grads[name] = grads[owners[id(parameter)]]
-    return to_original(grads | {"temperature": model.temperature.grad})
+    """Gradients under the original names."""
+    return to_original(gradients(model.model, "") | {"temperature": model.temperature.grad})
 
 
 def check_contrast(case: Case, model: BlipMomentumModel, output: Any, prefix: str = "") -> None:
