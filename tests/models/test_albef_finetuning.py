@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_vlp.models.albef.finetuning_albef import (
     AlbefForQuestionAnsweringFineTuning,
+    AlbefForRetrievalFineTuning,
     AlbefForTextAssignment,
     AlbefForVisualEntailmentFineTuning,
     AlbefForVisualReasoningFineTuning,
@@ -156,6 +158,25 @@ def test_towers_of_other_widths_start_with_a_warning() -> None:
     source, target = model.albef.text_model.encoder.layer[2], model.decoder.text_model.encoder.layer[0]
     assert torch.equal(source.crossattention.self.query.weight, target.crossattention.self.query.weight)
     assert target.crossattention.self.key.weight.shape == (32, 32)
+
+
+def implementations(model: nn.Module) -> set[str]:
+    return {m.config._attn_implementation for m in model.modules() if isinstance(m, PreTrainedModel)}
+
+
+@pytest.mark.parametrize("cls", [*TASKS, AlbefForRetrievalFineTuning, AlbefForPreTraining])
+def test_chosen_attention_reaches_model_and_twin(cls: type, tmp_path: Path) -> None:
+    config = tiny.albef_config(images_per_text=2 if cls is AlbefForVisualReasoningFineTuning else 1)
+    config._attn_implementation = "eager"
+    model = cls(config)
+    assert implementations(model) == {"eager"}
+    model.save_pretrained(tmp_path)
+    assert implementations(cls.from_pretrained(tmp_path, attn_implementation="eager")) == {"eager"}
+
+
+@pytest.mark.parametrize("cls", [AlbefForVisualReasoning, AlbefForQuestionAnswering])
+def test_chosen_attention_reaches_a_task(cls: type, pretrained: Path) -> None:
+    assert implementations(start_task(cls, pretrained, attn_implementation="eager")) == {"eager"}
 
 
 def test_own_checkpoint_is_continued_and_pairs_are_not_singles(pretrained: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Configuration of ALBEF (Li et al. 2021, "Align before Fuse", arXiv 2107.07651)."""
 
+import copy
 from typing import Any
 
 from transformers import AutoConfig, BertConfig, PreTrainedConfig
@@ -103,17 +104,14 @@ class AlbefConfig(PreTrainedConfig):
 
     def with_decoder(self) -> "AlbefConfig":
         """A copy that has an answer decoder: as deep as the fusion encoder, over the text encoder's states."""
-        config = type(self).from_dict(self.to_dict())
+        config = copy.deepcopy(self)
         if config.decoder_config is None:
-            text = self.text_config.to_dict()
-            text.pop("model_type", None)
-            text.update(
-                num_hidden_layers=self.text_config.num_hidden_layers - self.text_config.fusion_layer,
-                fusion_layer=0,
-                encoder_width=self.text_config.hidden_size,
-                is_decoder=True,
-            )
-            config.decoder_config = AlbefTextConfig(**text)
+            decoder = copy.deepcopy(self.text_config)
+            decoder.num_hidden_layers = self.text_config.num_hidden_layers - self.text_config.fusion_layer
+            decoder.fusion_layer = 0
+            decoder.encoder_width = self.text_config.hidden_size
+            decoder.is_decoder = True
+            config.decoder_config = decoder
         return config
 
 

@@ -3,6 +3,7 @@
 Each class holds the inference model of its task and what only training needs; `export` writes the inference model.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -207,13 +208,13 @@ class AlbefTaskFineTuning(PreTrainingMixin, AlbefPreTrainedModel):
             model: an existing inference model; by default one is drawn from `config`.
             settings: fields of `TwinSettings`.
         """
-        inner = type(config).from_dict(config.to_dict())
+        inner = copy.deepcopy(config)
         stored = getattr(inner, "pretraining", None) or {}
         if hasattr(inner, "pretraining"):
             del inner.pretraining
         network = self.task_class(inner) if model is None else model
         # The inference class may have completed its config (decoder, number of labels).
-        own = type(config).from_dict(network.config.to_dict())
+        own = copy.deepcopy(network.config)
         known = {name: value for name, value in stored.items() if name in TwinSettings.__dataclass_fields__}
         chosen = TwinSettings(**{**known, **settings})
         own.pretraining = asdict(chosen)
@@ -469,7 +470,7 @@ def start_task(
 def _with_twins(folder: str | Path, config: AlbefConfig, **kwargs: Any) -> AlbefForVisualReasoning:
     """Each fusion layer of a one-image checkpoint becomes both layers of a pair."""
     single = AlbefModel.from_pretrained(folder, config=config, **kwargs)
-    paired = type(config).from_dict(config.to_dict())
+    paired = copy.deepcopy(single.config)
     paired.text_config.images_per_text = 2
     paired.num_labels = 2
     model = AlbefForVisualReasoning(paired)

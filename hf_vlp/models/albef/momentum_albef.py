@@ -1,5 +1,6 @@
 """What ALBEF's training objectives share: momentum twins, contrast with a queue, hard negatives (arXiv 2107.07651)."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -75,12 +76,12 @@ class AlbefMomentumModel(MomentumContrastMixin, PreTrainingMixin, AlbefPreTraine
             retrieval: an existing inference model; by default one is drawn from `config`.
             settings: fields of `AlbefMomentumSettings`.
         """
-        own = type(config).from_dict(config.to_dict())
+        own = copy.deepcopy(config)
         chosen = self.chosen_settings(own, settings)
         own.pretraining = asdict(chosen)
         super().__init__(own)
         self.settings = chosen
-        inner = type(config).from_dict(config.to_dict())
+        inner = copy.deepcopy(config)
         if hasattr(inner, "pretraining"):
             del inner.pretraining
         self.retrieval = AlbefForImageTextRetrieval(inner) if retrieval is None else retrieval
