@@ -222,6 +222,8 @@ def test_text_assignment_starts_from_retrieval_and_trains(pretrained: Path, tmp_
     assert start_task(AlbefForVisualReasoning, tmp_path).config.text_config.images_per_text == 2
     with pytest.raises(ValueError, match="use 3 or more"):
         model(pixels[:2], IDS[:2], MASK[:2])
+    given = (torch.tensor([0.9, 0.5]), torch.tensor([0.7, 0.2]), torch.tensor([[1, -1], [0, -1]]))
+    assert model(pixels[:2], IDS[:2], MASK[:2], draws=given).image_index.tolist() == [[0, 0], [1, 1]]
 
 
 @pytest.mark.parametrize("cls", TASKS)

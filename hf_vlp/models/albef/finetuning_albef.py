@@ -590,7 +590,7 @@ class AlbefForTextAssignment(PreTrainingMixin, AlbefPreTrainedModel):
         """One step. The other images are those of this rank, as in the original; the loss is a mean over all ranks.
 
         Args:
-            pixel_values: (B, 3, H, W), B at least 3.
+            pixel_values: (B, 3, H, W), B at least 3 unless `draws` are given.
             input_ids: (B, L).
             attention_mask: (B, L).
             image_ids: (B,) images of one id are never each other's other image, if there is any else.
@@ -602,12 +602,12 @@ class AlbefForTextAssignment(PreTrainingMixin, AlbefPreTrainedModel):
             ValueError: fewer than three images to draw two others from.
         """
         albef = self.reasoning.albef
-        image_states = albef.encode_images(pixel_values)
-        number = len(image_states)
-        if number < 3:
+        number = len(pixel_values)
+        if draws is None and number < 3:
             raise ValueError(
                 f"text assignment draws two other images of the batch, but it has {number}: use 3 or more"
             )
+        image_states = albef.encode_images(pixel_values)
         features = unit_vectors(self.vision_projection(image_states[:, 0]))
         weights = self.sampling_weights(features)
         if image_ids is not None:
