@@ -5,12 +5,12 @@ r"""CogVLM (arXiv 2311.03079, sections 2.2 and 2.3): visual experts in a languag
 --stage sft      conversations; the image encoder learns too, at a tenth of the rate
 
 On the built-in Shapes, on two CPU cores (a small language model and a small image encoder, see docs/cogvlm.md):
-    python training_scripts/language_model.py --config training_scripts/language_model_cpu.yaml \
-        --model_type llama --output_dir outputs/lm
-    python training_scripts/cogvlm.py --config training_scripts/cogvlm_cpu.yaml --stage stage1 \
+    python training_scripts/language_model.py --config training_scripts/language_model_told_cpu.yaml \
+        --output_dir outputs/lm
+    python training_scripts/cogvlm.py --config training_scripts/cogvlm_cpu.yaml \
         --language_model outputs/lm/model --output_dir outputs/cogvlm1
-    python training_scripts/cogvlm.py --config training_scripts/cogvlm_cpu.yaml --stage sft \
-        --model_name_or_path outputs/cogvlm1/model --train_data shapes --output_dir outputs/cogvlm
+    python training_scripts/cogvlm.py --config training_scripts/cogvlm_sft_cpu.yaml \
+        --model_name_or_path outputs/cogvlm1/model --output_dir outputs/cogvlm2
 The paper's setting:
     accelerate launch training_scripts/cogvlm.py --config training_scripts/cogvlm_paper.yaml --stage stage1 \
         --language_model lmsys/vicuna-7b-v1.5 --vision_model path/to/cogvlm --train_data path/to/pairs \

@@ -2,7 +2,7 @@ r"""Instruction tuning of InstructBLIP (arXiv 2305.06500, section 2): the Q-Form
 
 On the built-in Shapes, on two CPU cores, after training_scripts/blip2_stage1.py and a language model:
     python training_scripts/instructblip.py --config training_scripts/instructblip_cpu.yaml \
-        --stage1 outputs/stage1/model --language_model outputs/lm --output_dir outputs/instructblip
+        --stage1 outputs/stage1/model --language_model outputs/lm/model --output_dir outputs/instructblip
 The paper's setting (16 A100 40G, under 1.5 days for the largest), from a BLIP-2 stage-1 folder:
     accelerate launch --num_processes 16 training_scripts/instructblip.py \
         --config training_scripts/instructblip_paper.yaml --stage1 outputs/stage1/model \

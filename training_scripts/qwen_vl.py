@@ -6,7 +6,7 @@ r"""The three training stages of Qwen-VL (arXiv 2308.12966, section 3 and figure
 
 On the built-in Shapes, on two CPU cores, with a ViT of training_scripts/clip.py and a small language model:
     python training_scripts/qwen_vl.py --stage pretrain --config training_scripts/qwen_vl_pretrain_cpu.yaml \
-        --vision_model outputs/clip/model --language_model outputs/lm --output_dir outputs/qwen1
+        --vision_model outputs/clip/model --language_model outputs/lm/model --output_dir outputs/qwen1
     python training_scripts/qwen_vl.py --stage sft --config training_scripts/qwen_vl_sft_cpu.yaml \
         --model_name_or_path outputs/qwen1/model --output_dir outputs/qwen3
 The paper's settings are in qwen_vl_pretrain_paper.yaml, qwen_vl_multitask_paper.yaml and qwen_vl_sft_paper.yaml:
