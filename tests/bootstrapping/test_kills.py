@@ -70,6 +70,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", writing.FORMATS)
 def test_five_kills_at_random_points(tmp_path: Path, unbroken: dict, kind: str):
     draws = random.Random(kind)
@@ -99,6 +100,7 @@ def test_five_kills_at_random_points(tmp_path: Path, unbroken: dict, kind: str):
     assert contents(tmp_path) == unbroken[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["half", "before", "after"])
 def test_kills_around_every_rename(tmp_path: Path, unbroken: dict, stage: str):
     """Each of five runs dies at a file further on; a sixth ends the job."""

@@ -54,6 +54,7 @@ def on_a_rank(output: Path) -> None:
     run(output)
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_set_of_one(whole: Path, tmp_path: Path):
     run_ranks(on_a_rank, 2, tmp_path / "set")
     assert contents(tmp_path / "set") == contents(whole)

@@ -62,6 +62,7 @@ def scenes(world: ShapesWorld, count: int = 300):
     return [world.scene(index) for index in range(count)]
 
 
+@pytest.mark.slow
 def test_the_same_in_every_process_and_for_ever() -> None:
     command = [sys.executable, "-c", _FINGERPRINT]
     environment = {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}

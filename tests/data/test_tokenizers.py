@@ -52,6 +52,7 @@ def test_no_text_is_an_error(train) -> None:
         train([])
 
 
+@pytest.mark.slow
 def test_the_vocabulary_is_that_of_any_process() -> None:
     """Rare words make for ties, which hash tables break differently in every process."""
     code = (

@@ -71,6 +71,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_metrics_load_offline_and_equal_the_reference(tmp_path: Path):
     environment = {
         "HF_HOME": str(tmp_path / "hf"),

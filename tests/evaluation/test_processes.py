@@ -114,6 +114,7 @@ def all_models() -> dict:
     return everything() | real_models() | tasks()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "function"), [(2, all_models), (3, everything)])
 def test_processes_agree_with_one(processes: int, function: Callable[[], dict]):
     alone = function()

@@ -86,6 +86,7 @@ def test_before_or_after_transformers(tmp_path: Path) -> None:
     assert run(code.format(first="import hf_vlp", second=theirs)) == expected
 
 
+@pytest.mark.slow
 def test_importing_a_model_that_ours_build_on_is_no_circle() -> None:
     report = run(
         """

@@ -249,6 +249,7 @@ def local_step(settings: dict[str, Any], sizes: list[int], given: bool) -> tuple
     return values, gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "sizes", "given"), [({}, [3, 2], True), ({"gather_keys": "detached"}, [1, 4], False)]
 )

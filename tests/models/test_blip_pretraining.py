@@ -323,6 +323,7 @@ def ranks(kind: str, splits: list[slice], steps: int, settings: dict[str, Any]) 
     return found | {"loss": loss / size}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pretraining", "retrieval"])
 def test_two_ranks_of_uneven_batches_equal_one_process(kind: str):
     splits = [slice(0, 4), slice(4, 6)]
@@ -333,6 +334,7 @@ def test_two_ranks_of_uneven_batches_equal_one_process(kind: str):
         torch.testing.assert_close(both[1][name], both[0][name], rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pretraining", "retrieval"])
 def test_ranks_of_the_original_algorithm_agree_after_20_steps(kind: str):
     splits = [slice(0, 3), slice(3, 6)]
@@ -342,6 +344,7 @@ def test_ranks_of_the_original_algorithm_agree_after_20_steps(kind: str):
         assert torch.equal(second[name], value), name
 
 
+@pytest.mark.slow
 def test_it_learns_its_batch():
     torch.manual_seed(0)
     model = BlipForPreTraining(blip_config(), queue_size=6, momentum=0.5).train()

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_the_trained_vocabulary_is_that_of_any_process() -> None:
     """Rare words make for ties, which hash tables break differently in every process."""
     code = (

@@ -153,6 +153,7 @@ def test_a_failing_rank_fails_the_run_with_its_traceback() -> None:
         run_ranks(fail_on_rank_1, 2)
 
 
+@pytest.mark.slow
 def test_a_dying_or_hanging_rank_fails_the_run() -> None:
     with pytest.raises(RuntimeError, match="rank [01] of 2 (died|failed)"):
         run_ranks(die_on_rank_1, 2)

@@ -265,6 +265,7 @@ def under_ddp(sizes: list[int], find_unused: bool) -> dict[str, Any]:
     return {"loss": output.loss, "grads": grads(model), "unreduced": unreduced}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "find_unused"), [([7, 5], False), ([7, 1, 4], True), ([12, 0], False)])
 def test_ddp_equals_one_process(sizes: list[int], find_unused: bool) -> None:
     ranks = run_ranks(under_ddp, len(sizes), sizes, find_unused)
@@ -306,6 +307,7 @@ def under_fsdp(sizes: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
     return output.loss, {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_fsdp_equals_ddp() -> None:
     sizes = [7, 5]
     sharded, replicated = run_ranks(under_fsdp, 2, sizes), run_ranks(under_ddp, 2, sizes, False)

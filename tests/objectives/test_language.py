@@ -239,6 +239,7 @@ def on_this_rank(sizes: list[int]) -> dict[str, Any]:
     return {**results, "raised": raised}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [[2, 4], [2, 0, 4]])
 def test_ranks_equal_one_process(sizes: list[int]) -> None:
     ranks, single = run_ranks(on_this_rank, len(sizes), sizes), on_this_rank([6])

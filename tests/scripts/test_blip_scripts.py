@@ -81,6 +81,7 @@ def test_it_starts_from_any_vit_and_bert(tmp_path):
     assert config["image_text_hidden_size"] == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_fine_tuning(pretrained, tmp_path, name):
     role, options = TASKS[name]

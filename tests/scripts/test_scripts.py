@@ -62,6 +62,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
     return folder, metrics
 
 
+@pytest.mark.slow
 def test_each_stage_is_evaluated_on_its_task(chain):
     _, metrics = chain
     assert {"eval_loss_itc", "eval_t2i_r1_itc", "eval_i2t_r10_itc"} <= set(metrics["clip"])
@@ -303,6 +304,7 @@ def test_missing_arguments_are_named(name, argv, message):
         script(name).main(argv)
 
 
+@pytest.mark.slow
 def test_a_folder_of_the_wrong_stage_is_refused(chain, tmp_path):
     folder, _ = chain
     language_model = str(folder / "language_model" / "model")

@@ -32,6 +32,7 @@ def _rows(shards):
         yield from shard
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["packed", "packed stream", "grouped"])
 def test_a_resumed_run_is_an_unbroken_one(kind: str, tmp_path: Path) -> None:
     # Seven steps are more than one epoch of 22 rows in batches of 6.

@@ -167,6 +167,7 @@ def trainer_of(kind, folder, cache=None, dtype="float32", **changes):
     return VLPTrainer(model, args, collator, data, processing_class=processor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["stage1", "stage2", "clip"])
 def test_training_from_the_cache_is_training_without_it(tmp_path, kind):
     plain = trainer_of(kind, tmp_path / "plain", max_steps=8)

@@ -31,6 +31,7 @@ def weights_after(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
     return runs.weights(trainer.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [LORA, {"pack_to": 160}, {"tiles": True}], ids=["lora", "packed", "tiles"])
 def test_a_resumed_run_is_an_unbroken_one(options: dict[str, Any], tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}

@@ -58,6 +58,7 @@ TRAINERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_a_resumed_run_ends_as_an_unbroken_one(tmp_path, kind):
     whole = TRAINERS[kind](tmp_path / "whole", max_steps=6, logging_steps=3, **SAVING)
